@@ -1,0 +1,110 @@
+"""Errors that a user can cause, each with the exit code its command ends with.
+
+Layer 0. A message says what was wrong, the value, what is allowed and what to do. Commands print it as one
+paragraph without a traceback (`main_guard`) and exit with `exit_code`. Codes 0-2 follow the shell's customs;
+64 and above follow sysexits.h where a meaning is close.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import ClassVar
+
+
+class CromssError(Exception):
+    """Base of every error that is the caller's to mend."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(CromssError):
+    """A config key or value is wrong: unknown key, wrong type, out of range."""
+
+    exit_code = 2
+
+
+class BatchError(ConfigError):
+    """Global batch, micro batch, accumulation steps and world size do not multiply."""
+
+    exit_code = 3
+
+
+class OutputExistsError(CromssError):
+    """The output is there already, or another process is writing it."""
+
+    exit_code = 4
+
+
+class ArchiveMissingError(CromssError):
+    """The archive, or a folder it must have, is not on disk."""
+
+    exit_code = 10
+
+
+class ArchiveEmptyError(CromssError):
+    """The archive's folders are there and hold no location."""
+
+    exit_code = 11
+
+
+class RejectedInputsError(CromssError):
+    """More inputs were rejected than allowed, for mixed reasons; nothing was written."""
+
+    exit_code = 12
+
+
+class UnreadableInputError(RejectedInputsError):
+    """Inputs could not be decoded: truncated, damaged or not the format they claim."""
+
+    exit_code = 13
+
+
+class EmptyLabelError(RejectedInputsError):
+    """Labels hold no valid pixel: every one is 255 (ignore)."""
+
+    exit_code = 14
+
+
+class ShardError(CromssError):
+    """Shards, commit records or manifest are missing, damaged or disagree."""
+
+    exit_code = 15
+
+
+class PackageError(CromssError):
+    """An encoder package is incomplete, or a hash does not match."""
+
+    exit_code = 20
+
+
+class BandError(CromssError):
+    """Bands asked for or given do not match what an encoder or dataset has."""
+
+    exit_code = 21
+
+
+class RegistryError(CromssError):
+    """The registry has no such model, version or alias, or cannot be reached."""
+
+    exit_code = 22
+
+
+class TrainingError(CromssError):
+    """Training stopped: a worker failed, or the loss is not finite."""
+
+    exit_code = 70
+
+
+def main_guard(main: Callable[[], int | None]) -> int:
+    """Runs a command's `main`, turning a CromssError into one paragraph on stderr and its exit code.
+
+    Returns:
+        The process exit code: 0, the error's code, or 130 after Ctrl-C.
+    """
+    try:
+        return main() or 0
+    except CromssError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
