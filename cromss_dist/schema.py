@@ -3,17 +3,21 @@
 Layer 0: definitions only. Every such number has its one home here, with its source.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from cromss_dist.errors import BandError
+
+if TYPE_CHECKING:  # importing torch takes seconds that `cromss registry list` and `--print_config` do not need
+    from torch import Tensor
 
 Modality: TypeAlias = Literal["s1", "s2"]
 MODALITIES: tuple[Modality, Modality] = ("s1", "s2")
@@ -104,7 +108,7 @@ class Normalisation:
         """sha256 (hex) of the contract's canonical JSON."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def select(self, bands: Sequence[str]) -> "Normalisation":
+    def select(self, bands: Sequence[str]) -> Normalisation:
         """The contract of `bands`, in that order.
 
         Raises:
@@ -113,7 +117,12 @@ class Normalisation:
         check_bands(self.modality, bands)
         index = [self.bands.index(band) for band in bands]
         return Normalisation(
-            self.modality, self.units, tuple(bands), tuple(self.mean[i] for i in index), tuple(self.std[i] for i in index), self.rule
+            self.modality,
+            self.units,
+            tuple(bands),
+            tuple(self.mean[i] for i in index),
+            tuple(self.std[i] for i in index),
+            self.rule,
         )
 
     def to_uint8(self, values: npt.NDArray[np.generic], bands: Sequence[str]) -> npt.NDArray[np.uint8]:
