@@ -4,8 +4,11 @@ Layer 1. YAML files in `configs/` state only what differs from the defaults here
 (CromSS, section IV-A). Dotted overrides come last: `--engine.global_batch 64`.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from cromss_dist.errors import BatchError, ConfigError
 from cromss_dist.schema import S1_BANDS, S2_BANDS, check_bands
@@ -127,3 +130,201 @@ class LossConfig:
         _require(self.consistency_weight >= 0, "loss.consistency_weight", self.consistency_weight, "give 0 or more")
         ok = self.prior_weight >= 0 and self.uniform_weight >= 0 and self.prior_weight + self.uniform_weight <= 1
         _require(ok, "loss.prior_weight + loss.uniform_weight", self.prior_weight + self.uniform_weight, "both are 0 or more and add up to at most 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, at which rate. Lengths are in epochs of training samples, whatever the batch and the world size.
+
+    Args:
+        epochs: Length of the run; one epoch shows each training location once, in one of its seasons.
+        lr: Adam's learning rate.
+        weight_decay: Adam's L2 penalty.
+        schedule: 'plateau' cuts the rate when the validation loss stalls (as published), 'cosine' decays it to
+            `min_lr` over the run.
+        warmup_epochs: Linear warm-up from 0, for either schedule.
+        min_lr: Floor of the learning rate.
+        plateau_patience: Validations without a better loss before the rate is cut.
+        plateau_factor: Factor of a cut.
+        validate_every_epochs: Interval of validation. The start and the end are always validated.
+        log_every_steps: Optimiser steps between two lines of training metrics; figures are means over the interval.
+        panel_samples: Validation samples drawn in the prediction panel.
+    """
+
+    epochs: float = 200.0
+    lr: float = 5e-3
+    weight_decay: float = 1e-8
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+    plateau_patience: int = 30
+    plateau_factor: float = 0.5
+    validate_every_epochs: float = 1.0
+    log_every_steps: int = 10
+    panel_samples: int = 6
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, "train.epochs", self.epochs, "give more than 0")
+        _require(self.lr > 0, "train.lr", self.lr, "give more than 0")
+        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "give 0 or more")
+        _require(0 <= self.warmup_epochs <= self.epochs, "train.warmup_epochs", self.warmup_epochs, "give 0 to train.epochs")
+        _require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, "give 0 to train.lr")
+        _require(0 < self.plateau_factor < 1, "train.plateau_factor", self.plateau_factor, "give a factor in (0, 1)")
+        _require(self.plateau_patience >= 0, "train.plateau_patience", self.plateau_patience, "give 0 or more")
+        _require(self.validate_every_epochs > 0, "train.validate_every_epochs", self.validate_every_epochs, "give more than 0")
+        _require(self.log_every_steps >= 1, "train.log_every_steps", self.log_every_steps, "give at least 1")
+        _require(self.panel_samples >= 1, "train.panel_samples", self.panel_samples, "give at least 1")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a step is computed. The DeepSpeed dictionary is generated from this.
+
+    Args:
+        global_batch: Samples of one optimiser step over all ranks.
+        micro_batch: Samples of one forward pass on one rank; null derives it from the other two.
+        accumulation_steps: Forward passes that one optimiser step adds up on each rank.
+        precision: Arithmetic of the networks; losses are always float32. 'auto': bf16 on a GPU that has it, else
+            fp16 on a GPU, fp32 on a CPU.
+        zero_stage: DeepSpeed ZeRO stage, 0-3.
+        grad_clip: Largest norm of the gradient, 0 = no clipping.
+        device: 'auto' takes a GPU where torch finds one.
+        channels_last: Memory format of images and networks.
+    """
+
+    global_batch: int = 128
+    micro_batch: int | None = None
+    accumulation_steps: int = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    zero_stage: int = 0
+    grad_clip: float = 0.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.global_batch >= 1, "engine.global_batch", self.global_batch, "give at least 1")
+        _require(self.micro_batch is None or self.micro_batch >= 1, "engine.micro_batch", self.micro_batch, "give at least 1 or null")
+        _require(self.accumulation_steps >= 1, "engine.accumulation_steps", self.accumulation_steps, "give at least 1")
+        _require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "give 0, 1, 2 or 3")
+        _require(self.grad_clip >= 0, "engine.grad_clip", self.grad_clip, "give 0 or more")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the run is recorded and what its encoders are called.
+
+    Args:
+        uri: MLflow tracking URI; null is `sqlite:///<output>/mlflow.db`.
+        experiment: MLflow experiment.
+        model_prefix: Encoders are registered as `<model_prefix>-<encoder>-<modality>`.
+        alias: Alias that the new versions get.
+        register: Whether encoders are registered at the end; their packages are written in any case.
+        licence: SPDX licence of the encoders, for their cards.
+    """
+
+    uri: str | None = None
+    experiment: str = "cromss"
+    model_prefix: str = "cromss"
+    alias: str = "candidate"
+    register: bool = True
+    licence: str = "Apache-2.0"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Which processes run it.
+
+    Args:
+        workers: Processes; null takes one a GPU, or one on a machine without GPU.
+        cpus_per_worker: CPU cores of each worker: Ray reserves them, torch uses that many threads.
+        ray: Whether Ray starts the workers. false runs one worker in this process, for debugging: same numbers.
+    """
+
+    workers: int | None = None
+    cpus_per_worker: int = 1
+    ray: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.workers is None or self.workers >= 1, "launch.workers", self.workers, "give at least 1 or null")
+        _require(self.cpus_per_worker >= 1, "launch.cpus_per_worker", self.cpus_per_worker, "give at least 1")
+        _require(self.ray or self.workers in (None, 1), "launch.workers", self.workers, "launch.ray=false runs one worker; set it to 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A pretraining run.
+
+    Args:
+        name: Name of the run: its folder under `output` and its MLflow run.
+        output: Folder of runs; the MLflow store lies here by default.
+        seed: Seeds weights, data order, season and augmentation draws, and the validation split.
+        data: What is read.
+        model: The networks.
+        loss: CromSS.
+        train: Length, learning rate, validation.
+        engine: How a step is computed.
+        tracking: MLflow run and registry.
+        launch: Processes.
+    """
+
+    name: str = "pretrain"
+    output: str = "runs"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
+        _require(ok, "name", self.name, "use letters, digits, '.', '_' and '-', starting with a letter or digit")
+        side = 2**self.model.encoder_depth
+        _require(
+            self.data.crop_px % side == 0, "data.crop_px", self.data.crop_px, f"give a multiple of {side} = 2 ** model.encoder_depth"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict of JSON types."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the resolved config."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one optimiser step is cut: global_batch = micro_batch x accumulation_steps x world_size, in samples."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation_steps: int
+    world_size: int
+
+
+def plan_batches(engine: EngineConfig, world_size: int) -> BatchPlan:
+    """The batch arithmetic of a run on `world_size` ranks.
+
+    Raises:
+        BatchError: the numbers do not multiply.
+    """
+    parts = engine.accumulation_steps * world_size
+    micro = engine.micro_batch if engine.micro_batch is not None else engine.global_batch // parts
+    if micro * parts != engine.global_batch:
+        if engine.micro_batch is None:
+            below, above = micro * parts, (micro + 1) * parts
+            raise BatchError(
+                f"engine.global_batch={engine.global_batch} does not divide by accumulation {engine.accumulation_steps} x "
+                f"world {world_size} = {parts}; set engine.global_batch to {f'{below} or ' if below else ''}{above}, or change "
+                "engine.accumulation_steps or launch.workers."
+            )
+        raise BatchError(
+            f"engine.global_batch={engine.global_batch} is not micro_batch {micro} x accumulation {engine.accumulation_steps} x "
+            f"world {world_size} = {micro * parts}; set engine.global_batch to {micro * parts}, or change engine.micro_batch "
+            "(null derives it) or engine.accumulation_steps."
+        )
+    return BatchPlan(engine.global_batch, micro, engine.accumulation_steps, world_size)

@@ -1,0 +1,97 @@
+"""Command line and YAML to a `RunConfig`.
+
+Layer 1. jsonargparse does the work (types, YAML, dotted overrides, `--print_config`, `--help` from the docstrings);
+here its errors become a ConfigError that names the nearest valid key.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from cromss_dist.config import RunConfig
+from cromss_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ParsedRun:
+    """What a launcher's command line says."""
+
+    config: RunConfig
+    dry_run: bool
+
+
+def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the config, groups included."""
+    keys = []
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        key = prefix + item.name
+        keys.append(key)
+        if is_dataclass(hints[item.name]):
+            keys += known_keys(hints[item.name], key + ".")
+    return keys
+
+
+def parse_run(argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = None) -> ParsedRun:
+    """Parses a launcher's arguments; `argv` defaults to `sys.argv[1:]`.
+
+    Raises:
+        ConfigError: unknown key, wrong type or value, unreadable YAML.
+    """
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML that states differences from the defaults; may be given more than once.")
+    parser.add_argument("--dry-run", action="store_true", help="Print config, batch arithmetic and parameter counts, and exit.")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    try:
+        namespace = parser.parse_args(None if argv is None else list(argv))
+        init = parser.instantiate(namespace)
+        values = {item.name: getattr(init, item.name) for item in fields(RunConfig)}
+        return ParsedRun(RunConfig(**values), bool(namespace.dry_run))
+    except (ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(_explain(str(error))) from error
+
+
+def write_yaml(config: RunConfig, path: Path) -> None:
+    """Writes the resolved config, so that `--config PATH` repeats the run."""
+    path.write_text(to_yaml(config))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False)
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """The config of a resolved dictionary, with every check of the command line.
+
+    Raises:
+        ConfigError: as for `parse_run`.
+    """
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_class_arguments(RunConfig, as_group=False)
+    try:
+        init = parser.instantiate(parser.parse_object(values))
+        return RunConfig(**{item.name: getattr(init, item.name) for item in fields(RunConfig)})
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(_explain(str(error))) from error
+
+
+def _explain(message: str) -> str:
+    """One paragraph out of jsonargparse's message; for an unknown key, with the nearest known ones."""
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.-]+)'", message)
+    alone = re.search(r"Option '([\w.-]+)' is not accepted|unrecognized arguments: --([\w.-]+)", message)
+    key = f"{in_group[1]}.{in_group[2]}" if in_group else (alone[1] or alone[2]) if alone else None
+    if key is None:
+        return " ".join(message.split()) + ". See --help for every key and its type."
+    known = known_keys()
+    tail = key.rsplit(".", 1)[-1]
+    # The right name in the wrong group first (engine.lr -> train.lr), then the like-sounding ones.
+    near = [k for k in known if k.rsplit(".", 1)[-1] == tail] or difflib.get_close_matches(key, known, 2, 0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see --help or --print_config for all keys."
+    return f"Unknown config key '{key}'; {hint}"

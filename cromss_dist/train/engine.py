@@ -1,0 +1,157 @@
+"""The training step, computed by DeepSpeed. The only file that imports it.
+
+Layer 3. Its dictionary is generated from `EngineConfig`; nobody writes one by hand. Mixed precision is torch's
+autocast for both bf16 and fp16 (fp32 master weights and batch norms, dynamic loss scaling for fp16): DeepSpeed's own
+`bf16` block casts parameters but not the buffers of batch norms, which then fail.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cromss_dist.config import BatchPlan, EngineConfig, TrainConfig
+from cromss_dist.errors import ConfigError
+from cromss_dist.world import World
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one backward pass left behind."""
+
+    stepped: bool  # whether the optimiser moved: at the end of an accumulation
+    grad_norm: float | None  # global norm before clipping, where the engine computes it
+
+
+def resolve_precision(wish: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """The arithmetic that 'auto' means on a device.
+
+    Raises:
+        ConfigError: fp16 on a CPU, which has no kernels for it.
+    """
+    if wish == "fp16" and device.type == "cpu":
+        raise ConfigError("engine.precision='fp16' is not supported on a CPU; set engine.precision to auto, fp32 or bf16.")
+    if wish != "auto":
+        return wish
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def deepspeed_config(engine: EngineConfig, plan: BatchPlan, precision: Literal["fp32", "bf16", "fp16"]) -> dict[str, Any]:
+    """DeepSpeed's dictionary for our config."""
+    config: dict[str, Any] = {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "gradient_clipping": engine.grad_clip,
+        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_allow_untested_optimizer": True,  # torch's Adam, which needs no compiler at run time
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if precision != "fp32":
+        config["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]}
+    return config
+
+
+class Engine:
+    """A model, its Adam and DeepSpeed around them, on this rank's device.
+
+    Args:
+        model: Weights must be equal on all ranks (seed before building); DeepSpeed broadcasts rank 0's in any case.
+        engine: How a step is computed.
+        train: Learning rate and weight decay.
+        plan: Batch arithmetic.
+        world: This process among the others.
+
+    Raises:
+        ConfigError: a precision that the device does not have.
+    """
+
+    def __init__(self, model: nn.Module, engine: EngineConfig, train: TrainConfig, plan: BatchPlan, world: World) -> None:
+        self.precision = resolve_precision(engine.precision, world.device)
+        if engine.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
+        self.device = world.device
+        self._zero_stage = engine.zero_stage
+        deepspeed = _import_deepspeed(world.device)
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+        self._engine, *_ = deepspeed.initialize(
+            model=model.to(world.device), optimizer=self.optimizer, config=deepspeed_config(engine, plan, self.precision)
+        )
+
+    def forward(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of both branches for float32 images (B, bands, h, w) in [0, 1]; dtype is that of the arithmetic."""
+        s1 = s1.contiguous(memory_format=self.memory_format)
+        s2 = s2.contiguous(memory_format=self.memory_format)
+        logits: tuple[Tensor, Tensor] = self._engine(s1, s2)
+        return logits
+
+    def backward(self, loss: Tensor) -> StepResult:
+        """Adds up the gradient of a micro batch; at the last one of an accumulation, moves the optimiser."""
+        self._engine.backward(loss)
+        stepped = bool(self._engine.is_gradient_accumulation_boundary())
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(stepped, None if norm is None else float(norm))
+
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode of the networks."""
+        self._engine.train(mode)
+
+    @property
+    def lr(self) -> float:
+        """Adam's learning rate."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        # DeepSpeed's wrappers share the groups' dictionaries with our optimiser.
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """Weights and buffers below `prefix` on the CPU, whole on every rank (ZeRO-3 gathers); a collective call."""
+        module: nn.Module = self._engine.module
+        if self._zero_stage == 3:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(module.parameters())):
+                return _on_cpu(module, prefix)
+        return _on_cpu(module, prefix)
+
+    def close(self) -> None:
+        """Frees what DeepSpeed holds."""
+        self._engine.destroy()
+
+
+def _on_cpu(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(prefix): value.detach().to("cpu", copy=True).contiguous()
+        for key, value in module.state_dict().items()
+        if key.startswith(prefix)
+    }
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Imports DeepSpeed, quietly and without its compiler.
+
+    On a CPU, `init_distributed` would spend minutes compiling a shared-memory op that only inference uses; an empty
+    table of compatible ops prevents that.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    return deepspeed

@@ -1,0 +1,86 @@
+"""Time and learning rate as functions of the samples seen, never of steps or ranks.
+
+Layer 3.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cromss_dist.config import RunConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A run in optimiser steps, from lengths in epochs of samples.
+
+    Steps are rounded so that at least one is taken; `total_samples` is what the steps really consume.
+    """
+
+    num_train: int  # locations of one epoch
+    global_batch: int
+    total_steps: int
+    validate_every_steps: int
+
+    @classmethod
+    def of(cls, config: RunConfig, num_train: int) -> "Timeline":
+        """The timeline of a config on `num_train` training locations."""
+        batch = config.engine.global_batch
+
+        def steps(epochs: float) -> int:
+            return max(1, round(epochs * num_train / batch))
+
+        return cls(num_train, batch, steps(config.train.epochs), steps(config.train.validate_every_epochs))
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.total_steps * self.global_batch
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps an epoch; not whole in general, since batches run on over the end of an epoch."""
+        return self.num_train / self.global_batch
+
+    def epochs(self, samples: int) -> float:
+        """Progress in epochs after `samples`."""
+        return samples / self.num_train
+
+
+def lr_factor(train: TrainConfig, timeline: Timeline, samples: int) -> float:
+    """Factor of the learning rate after `samples`: linear warm-up, then 1 ('plateau') or a cosine down to min_lr.
+
+    Returns:
+        The factor of `train.lr`, in [0, 1]. The first step of a warm-up is not 0.
+    """
+    warmup = train.warmup_epochs * timeline.num_train
+    if samples < warmup:
+        return min(1.0, (samples + timeline.global_batch) / warmup)
+    if train.schedule == "plateau":
+        return 1.0
+    share = (samples - warmup) / max(1.0, timeline.total_samples - warmup)
+    floor = train.min_lr / train.lr
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+class Plateau:
+    """Factor of the learning rate that falls when the validation loss stalls.
+
+    torch's ReduceLROnPlateau, run on a stand-in optimiser whose rate is the factor, so that it combines with a warm-up.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        self._factor = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        self._rule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self._factor, factor=train.plateau_factor, patience=train.plateau_patience, min_lr=train.min_lr / train.lr
+        )
+
+    def update(self, validation_loss: float) -> None:
+        """Takes the loss of one validation."""
+        self._rule.step(validation_loss)
+
+    @property
+    def factor(self) -> float:
+        """Factor of `train.lr`, in (0, 1]."""
+        return float(self._factor.param_groups[0]["lr"])

@@ -1,0 +1,96 @@
+"""The processes of a run: rank, size, device, and sums over ranks that are no-ops in one process.
+
+Layer 1.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cromss_dist.errors import ConfigError
+
+COLLECTIVE_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others of a run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that writes files, tracks and prints."""
+        return self.rank == 0
+
+    def reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` over ranks, on every rank; `values` stays as it is. No gradient flows."""
+        if self.size == 1:
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Rank 0's `values`, on every rank."""
+        if self.size == 1:
+            return values
+        shared = values.detach().clone()
+        dist.broadcast(shared, 0)
+        return shared
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def main_first(self, work: Callable[[], None]) -> None:
+        """Runs `work` on rank 0 while the others wait."""
+        if self.is_main:
+            work()
+        self.barrier()
+
+
+def choose_device(wish: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device of this process; on a GPU machine the one of LOCAL_RANK.
+
+    Raises:
+        ConfigError: 'cuda' on a machine where torch finds no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if wish == "cuda" and not has_gpu:
+        raise ConfigError("engine.device='cuda', but torch finds no GPU here; set engine.device to auto or cpu.")
+    if wish == "cpu" or not has_gpu:
+        return torch.device("cpu")
+    # Ray shows each worker one GPU; torchrun shows all of them.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def join(device: Literal["auto", "cpu", "cuda"]) -> World:
+    """Joins the process group that Ray or torchrun prepared, or forms a group of one.
+
+    A group exists in any case, so that one process runs the same code as many.
+
+    Raises:
+        ConfigError: see `choose_device`.
+    """
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            # In-memory store: no port is opened.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), chosen)
