@@ -40,7 +40,7 @@ def smoothing_matrix(
     """
     radius = int(truncate * sigma + 0.5)
     offset = torch.arange(-radius, radius + 1)
-    taps = torch.exp(-0.5 * (offset / sigma).double() ** 2)
+    taps = torch.exp(-0.5 * (offset.double() / sigma) ** 2)
     taps /= taps.sum()
     source = (torch.arange(size)[:, None] + offset) % (2 * size)  # the mirrored axis repeats every 2 * size
     source = torch.where(source < size, source, 2 * size - 1 - source)

@@ -39,7 +39,7 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class _Branch:
-    """A branch's logits, and in float32 log Q and Q: (B, C, H, W), with gradient."""
+    """A branch's logits, log Q and Q: float32 (B, C, H, W), with gradient."""
 
     logits: Tensor
     log_probs: Tensor
@@ -153,8 +153,10 @@ class CromssLoss:
         return {"total": total} | {name: part for name, part in parts.items() if not name.startswith("kept")}
 
     def _branches(self, *logits: Tensor) -> tuple[_Branch, _Branch]:
-        log_probs = [F.log_softmax(x, 1, dtype=torch.float32) for x in logits]
-        first, second = (_Branch(x, log_p, log_p.exp()) for x, log_p in zip(logits, log_probs, strict=True))
+        # Cast here, once: the gradients of all terms add up in float32 before they are rounded to the logits' type.
+        float_logits = [x.float() for x in logits]
+        log_probs = [F.log_softmax(x, 1) for x in float_logits]
+        first, second = (_Branch(x, log_p, log_p.exp()) for x, log_p in zip(float_logits, log_probs, strict=True))
         return first, second
 
     def _uniform_weights(self, label: Tensor, sample_weights: Tensor | None) -> _Weights:
@@ -195,7 +197,7 @@ class CromssLoss:
                 if "dice" in terms
                 else zero.expand(3, self.num_classes)
             )
-            focal = segmentation.focal_sum(branch.logits.float(), target, weight) if "focal" in terms else zero
+            focal = segmentation.focal_sum(branch.logits, target, weight) if "focal" in terms else zero
             tie = zero
             if config.consistency != "none":
                 tie = consistency_sum(

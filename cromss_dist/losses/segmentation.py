@@ -32,13 +32,11 @@ def soft_label(label: Tensor, prior: Tensor | None, num_classes: int, prior_weig
 
     Reference: CromSS, section III-B.
     """
-    B, H, W = label.shape
+    onehot = label[:, None] == torch.arange(num_classes, device=label.device)[:, None, None]
     if prior is None:
-        target, label_weight = torch.zeros(B, num_classes, H, W, device=label.device), 1.0
-    else:
-        target = prior.float() * prior_weight + uniform_weight / num_classes
-        label_weight = 1 - prior_weight - uniform_weight
-    return target.scatter_add_(1, label[:, None], target.new_full((), label_weight).expand(B, 1, H, W))
+        return onehot.float()
+    target = prior.float() * prior_weight + uniform_weight / num_classes
+    return target.add_(onehot, alpha=1 - prior_weight - uniform_weight)
 
 
 def cross_entropy_sum(log_probs: Tensor, weighted_target: Tensor) -> Tensor:

@@ -1,0 +1,116 @@
+"""N ranks with B / N samples each give the loss and gradients of one rank with B.
+
+Run as a script, this file is one rank of a gloo group: `test_ranks.py RANK WORLD FOLDER`.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cromss_dist.losses import CromssLoss, LossConfig
+from cromss_dist.losses.selection import ReduceSum
+
+CONFIG = LossConfig(segmentation=("ce", "dice", "focal"), consistency="kl")
+
+
+def step(loss: CromssLoss, batch: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    logits = [batch[f"logits_{m}"][rows].clone().requires_grad_() for m in ("s1", "s2")]
+    output = loss(logits[0], logits[1], batch["label"][rows], batch["prior"][rows], progress=60.0)
+    output.total.backward()  # type: ignore[no-untyped-call]
+    grads = {f"grad_{i}": x.grad for i, x in enumerate(logits) if x.grad is not None}
+    return {"total": output.total.detach(), "selection": output.selection_s1, **output.parts, **grads}
+
+
+class Exchange:
+    """Adds tensors up over threads that stand for ranks."""
+
+    def __init__(self, world_size: int) -> None:
+        self.barrier = threading.Barrier(world_size)
+        self.slots: list[Tensor] = [torch.empty(0)] * world_size
+
+    def reduce_sum_of(self, rank: int) -> ReduceSum:
+        def reduce_sum(x: Tensor) -> Tensor:
+            assert not x.requires_grad
+            self.slots[rank] = x
+            self.barrier.wait(30)
+            total = torch.stack(self.slots).sum(0)
+            self.barrier.wait(30)
+            return total
+
+        return reduce_sum
+
+
+def assert_equal_to_one_rank(ranks: list[dict[str, Tensor]], one: dict[str, Tensor]) -> None:
+    for key, value in one.items():
+        if value.ndim:
+            # Engines average gradients over ranks: a rank's own must be world times its part.
+            scale = len(ranks) if key.startswith("grad") else 1
+            joined = torch.cat([rank[key] for rank in ranks]) / scale
+            torch.testing.assert_close(joined, value, rtol=1e-6, atol=1e-8)
+        else:
+            for rank in ranks:
+                torch.testing.assert_close(rank[key], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("cuts", [(0, 2, 4), (0, 1, 2, 3, 4), (0, 3, 4)])
+def test_loss_and_gradients_are_the_same_on_one_and_many_ranks(batch: dict[str, Tensor], cuts: tuple[int, ...]) -> None:
+    world_size = len(cuts) - 1
+    exchange = Exchange(world_size)
+    losses = [CromssLoss(CONFIG, reduce_sum=exchange.reduce_sum_of(rank), world_size=world_size) for rank in range(world_size)]
+    rows = [slice(a, b) for a, b in itertools.pairwise(cuts)]
+    with ThreadPoolExecutor(world_size) as pool:
+        ranks = list(pool.map(step, losses, [batch] * world_size, rows))
+    assert_equal_to_one_rank(ranks, step(CromssLoss(CONFIG), batch, slice(None)))
+
+
+def test_local_scope_sets_the_other_ranks_aside(batch: dict[str, Tensor]) -> None:
+    def never(x: Tensor) -> Tensor:
+        raise AssertionError
+
+    local = CromssLoss(LossConfig(scope="local"), reduce_sum=never, world_size=2)
+    for key, value in step(CromssLoss(LossConfig()), batch, slice(0, 2)).items():
+        assert torch.equal(step(local, batch, slice(0, 2))[key], value)
+
+
+def test_two_gloo_processes_give_the_loss_of_one(batch: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file({key: value.contiguous() for key, value in batch.items()}, tmp_path / "batch.safetensors")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__]
+    processes = [subprocess.Popen([*command, str(rank), "2", str(tmp_path)], env=environment) for rank in range(2)]
+    try:
+        assert [process.wait(120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
+    assert_equal_to_one_rank(ranks, step(CromssLoss(CONFIG), batch, slice(None)))
+
+
+def main(rank: int, world_size: int, folder: Path) -> None:
+    def all_reduce(x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    batch = load_file(folder / "batch.safetensors")
+    share = len(batch["label"]) // world_size
+    loss = CromssLoss(CONFIG, reduce_sum=all_reduce, world_size=world_size)
+    output = step(loss, batch, slice(rank * share, (rank + 1) * share))
+    save_file({key: value.contiguous() for key, value in output.items()}, folder / f"rank{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
