@@ -1,0 +1,1 @@
+"""Runs and encoders: MLflow tracking, encoder packages, the registry, prediction panels."""
