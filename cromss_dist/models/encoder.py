@@ -47,7 +47,8 @@ def build_encoder(name: str, depth: int, in_channels: int) -> nn.Module:
     """
     check_encoder_name(name)
     try:
-        return remove_unused(get_encoder(name, in_channels=in_channels, depth=depth, weights=None), in_channels)
+        encoder: nn.Module = get_encoder(name, in_channels=in_channels, depth=depth, weights=None)
+        return remove_unused(encoder, in_channels)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"model.encoder={name!r} cannot be built with depth {depth}: {error}. Choose another encoder or depth."
@@ -163,11 +164,13 @@ def to_timm(name: str, depth: int, in_channels: int, state: Mapping[str, Tensor]
             encoders and `tu-` encoders can be converted.
     """
     encoder = build_encoder(name, depth, in_channels)
+    model: nn.Module
     if isinstance(encoder, TimmUniversalEncoder):
         model, prefix = encoder.get_submodule("model"), "model."
     elif isinstance(encoder, ResNetEncoder) and timm.is_model(name):
+        stages = tuple(range(depth))
         model, prefix = (
-            timm.create_model(name, pretrained=False, features_only=True, out_indices=tuple(range(depth)), in_chans=in_channels),
+            timm.create_model(name, pretrained=False, features_only=True, out_indices=stages, in_chans=in_channels),
             "",
         )
     else:

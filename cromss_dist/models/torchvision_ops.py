@@ -30,11 +30,11 @@ def declare_missing_operators() -> torch.library.Library | None:
         return None
     for library in sorted(Path(spec.origin).parent.glob("_C*")):
         try:
-            torch.ops.load_library(library)
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
         except OSError:  # what torchvision sees, too
             continue
         return None
-    declared = torch.library.Library("torchvision", "DEF")
+    declared = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for schema in _SCHEMAS:
-        declared.define(schema)
+        declared.define(schema)  # type: ignore[no-untyped-call]
     return declared

@@ -54,7 +54,7 @@ class TwoBranchUNet(nn.Module):
         bands = {"s1": s1_bands, "s2": s2_bands}
         self.encoders = nn.ModuleDict({m: build_encoder(config.encoder, config.encoder_depth, bands[m]) for m in MODALITIES})
         # A shared decoder is registered once, so that no parameter has two names in a checkpoint.
-        self._decoder_of = {m: m if config.fusion == "late" else "shared" for m in MODALITIES}
+        self._decoder_of: dict[str, str] = {m: m if config.fusion == "late" else "shared" for m in MODALITIES}
         names = tuple(dict.fromkeys(self._decoder_of.values()))
         self.decoders = nn.ModuleDict({name: self._build_decoder() for name in names})
         self.heads = nn.ModuleDict(

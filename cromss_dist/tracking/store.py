@@ -4,10 +4,12 @@ MLflow is imported inside functions: the import takes seconds, and only rank 0 a
 """
 
 import fcntl
+import importlib
 import logging
 import os
 import sqlite3
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -81,7 +83,7 @@ def initialise_store(uri: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return
-        _quieten()
+        _import_mlflow()
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
@@ -100,7 +102,7 @@ def connect(uri: str) -> "MlflowClient":
     path = sqlite_path(uri)
     if path is not None:
         _check_sqlite(path)
-    _quieten()
+    _import_mlflow()
     from mlflow import MlflowClient
 
     with mlflow_errors(f"The store {uri} cannot be opened"):
@@ -135,8 +137,12 @@ def _check_sqlite(path: Path) -> None:
         raise RegistryError(f"{path} is a SQLite database without MLflow's tables. Give another store with --tracking_uri.")
 
 
-def _quieten() -> None:
+def _import_mlflow() -> None:
+    """The first import of MLflow, made quiet: what it says there is not for our user to mend."""
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations between MLflow and SQLAlchemy
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
     for name in ("alembic", "mlflow"):  # INFO lines of every schema migration
         logging.getLogger(name).setLevel(logging.WARNING)
