@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
-from affine import Affine
+from rasterio import Affine
 from rasterio.crs import CRS
 from rasterio.warp import transform as reproject
 

@@ -1,5 +1,7 @@
 """Random fields and shapes from which landscapes are drawn. All maps are (size, size) at 10 m a pixel."""
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 from scipy import fft, ndimage
@@ -10,10 +12,9 @@ BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 
 
-def _filtered(rng: np.random.Generator, size: int, margin: int, exponent: float | None, scale_px: float) -> FloatArray:
-    # The margin keeps the transform's wrap-around out of the patch.
-    n = int(fft.next_fast_len(size + margin, real=True))
-    spectrum = fft.rfft2(rng.standard_normal((n, n), dtype=np.float32))
+@lru_cache(maxsize=64)
+def _gain(n: int, exponent: float | None, scale_px: float) -> FloatArray:
+    """Gain of each frequency of rfft2, scaled so that unit white noise keeps unit variance; a Gaussian without exponent."""
     f2 = np.fft.fftfreq(n)[:, None] ** 2 + np.fft.rfftfreq(n)[None, :] ** 2
     if exponent is None:
         gain = np.exp(-2 * np.pi**2 * scale_px**2 * f2)
@@ -26,7 +27,14 @@ def _filtered(rng: np.random.Generator, size: int, margin: int, exponent: float 
     if n % 2 == 0:
         twice[-1] = 1
     gain /= np.sqrt((gain**2 * twice).sum() / n**2)
-    field = fft.irfft2(spectrum * gain.astype(np.float32), s=(n, n))
+    return gain.astype(np.float32)
+
+
+def _filtered(rng: np.random.Generator, size: int, margin: int, exponent: float | None, scale_px: float) -> FloatArray:
+    # The margin keeps the transform's wrap-around out of the patch.
+    n = int(fft.next_fast_len(size + margin, real=True))
+    spectrum = fft.rfft2(rng.standard_normal((n, n), dtype=np.float32))
+    field = fft.irfft2(spectrum * _gain(n, exponent, scale_px), s=(n, n))
     return np.ascontiguousarray(field[:size, :size], np.float32)
 
 
