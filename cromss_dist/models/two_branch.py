@@ -101,7 +101,7 @@ class TwoBranchUNet(nn.Module):
         return logits_BKHW
 
     def parameter_counts(self) -> ParameterCounts:
-        """Counts of what the optimizer trains. Built under `torch.device("meta")` a model costs no memory."""
+        """Counts of what the optimizer trains."""
         return ParameterCounts(
             _count(self.encoders["s1"]), _count(self.encoders["s2"]), _count(self.decoders) + _count(self.heads)
         )

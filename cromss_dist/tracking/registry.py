@@ -144,17 +144,12 @@ class Registry:
         for entry in versions:
             if match["alias"] in entry.aliases or match["version"] == str(entry.version):
                 return entry
-        named = (
-            f"version {match['version']}"
-            if match["version"]
-            else f"alias {match['alias']!r}"
-            if match["alias"]
-            else "default version"
-        )
+        wanted = f"version {match['version']}" if match["version"] else f"alias {match['alias']!r}"
+        problem = f"has no {wanted}" if match["version"] or match["alias"] else "needs an alias or a version"
         aliases = sorted(f"@{alias}" for entry in versions for alias in entry.aliases)
         numbers = sorted(entry.version for entry in versions)
         raise RegistryError(
-            f"Model {match['name']!r} has no {named}; it has versions {', '.join(map(str, numbers))} and aliases "
+            f"Model {match['name']!r} {problem}; it has versions {', '.join(map(str, numbers))} and aliases "
             f"{', '.join(aliases) or 'none'}. Write {match['name']}@<alias> or {match['name']}/<version>."
         )
 

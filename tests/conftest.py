@@ -1,0 +1,80 @@
+"""Fixtures that several parts share: a ready MLflow store and small encoder packages."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cromss_dist.models.encoder import build_encoder, stage_channels
+from cromss_dist.schema import BANDS, NORMALISATION, Modality
+from cromss_dist.tracking.card import EncoderCard
+from cromss_dist.tracking.package import write_package
+from cromss_dist.tracking.store import initialise_store
+
+
+@pytest.fixture(autouse=True)
+def _no_store_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keeps every test away from stores and caches outside its own folder."""
+    for name in ("CROMSS_TRACKING_URI", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CROMSS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def template_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database; creating one takes seconds, copying it does not."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    initialise_store(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def store_uri(template_store: Path, tmp_path: Path) -> str:
+    """The URI of a fresh, empty MLflow store."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    shutil.copyfile(template_store, folder / "mlflow.db")
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+MakeCard = Callable[..., EncoderCard]
+
+
+@pytest.fixture(scope="session")
+def make_card() -> MakeCard:
+    """Makes a card for an encoder of all bands of a modality."""
+
+    def make(encoder: str = "resnet18", depth: int = 3, modality: Modality = "s2", run_id: str = "0" * 32) -> EncoderCard:
+        bands = BANDS[modality]
+        channels, strides = stage_channels(build_encoder(encoder, depth, len(bands)))
+        return EncoderCard(
+            modality=modality,
+            bands=bands,
+            normalisation=NORMALISATION[modality],
+            encoder=encoder,
+            depth=depth,
+            in_channels=len(bands),
+            out_channels=channels,
+            strides=strides,
+            fusion="middle",
+            config_digest="c" * 64,
+            manifest_digest="d" * 64,
+            run_id=run_id,
+            git_revision="e" * 40,
+            versions={"torch": torch.__version__},
+            metrics={"val/miou_s2": 0.5},
+            licence="Apache-2.0",
+            recipe={"loss.consistency": "ce"},
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def encoder_package(tmp_path_factory: pytest.TempPathFactory, make_card: MakeCard) -> Path:
+    """The package of a random resnet18 of depth 3 on all Sentinel-2 bands. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("packages") / "s2"
+    write_package(folder, build_encoder("resnet18", 3, 13).state_dict(), make_card())
+    return folder
