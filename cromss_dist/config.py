@@ -189,7 +189,7 @@ class EngineConfig:
         zero_stage: DeepSpeed ZeRO stage, 0-3.
         grad_clip: Largest norm of the gradient, 0 = no clipping.
         device: 'auto' takes a GPU where torch finds one.
-        channels_last: Memory format of images and networks.
+        channels_last: Memory format of images and activations.
     """
 
     global_batch: int = 128

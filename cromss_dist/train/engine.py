@@ -74,8 +74,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, engine: EngineConfig, train: TrainConfig, plan: BatchPlan, world: World) -> None:
         self.precision = resolve_precision(engine.precision, world.device)
-        if engine.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Of the images alone, and so of all activations; DeepSpeed views weights as flat bytes, so they stay contiguous.
         self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
         self.optimizer = torch.optim.Adam(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
         self.device = world.device
@@ -145,6 +144,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     On a CPU, `init_distributed` would spend minutes compiling a shared-memory op that only inference uses; an empty
     table of compatible ops prevents that.
     """
+    os.environ.setdefault("LOCAL_RANK", "0")  # a run of one process has no launcher that sets it
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

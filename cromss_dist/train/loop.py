@@ -1,13 +1,12 @@
-"""The pretraining loop: batches, steps, validation; all lengths in samples.
+"""The pretraining loop: batches, steps, validation; every length is in samples.
 
 Layer 3. Runs alike on every rank; only rank 0 holds a Record.
 """
 
 import math
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,12 +14,228 @@ from cromss_dist.config import BatchPlan, RunConfig
 from cromss_dist.data.augment import eval_geometry, prepare, train_geometry
 from cromss_dist.data.index import ShardIndex
 from cromss_dist.data.loader import EvalLoader, TrainLoader
+from cromss_dist.data.order import draws
 from cromss_dist.errors import TrainingError
 from cromss_dist.losses import CromssLoss
-from cromss_dist.schema import MODALITIES, Batch, Example
-from cromss_dist.tracking.panels import PanelRow
+from cromss_dist.schema import MODALITIES, REFERENCE_ARRAY, Batch, Example
+from cromss_dist.tracking.panels import PanelSample, draw_panels
 from cromss_dist.train.engine import Engine
+from cromss_dist.train.meter import Meter
 from cromss_dist.train.metrics import ConfusionMatrix, Scores
 from cromss_dist.train.record import Record
 from cromss_dist.train.schedule import Plateau, Timeline, lr_factor
 from cromss_dist.world import World
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores on the held-out locations, the same on every rank.
+
+    `noisy` is against the noisy labels, `reference` against reference labels where the archive has them; both by modality.
+    """
+
+    losses: dict[str, float]
+    noisy: dict[str, Scores]
+    reference: dict[str, Scores] | None
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names that MLflow shows. A class that neither label nor prediction has gets no figure."""
+        values = {f"val/loss/{name}": value for name, value in self.losses.items()}
+        for truth, scores_of in (("", self.noisy), ("reference_", self.reference or {})):
+            for modality, scores in scores_of.items():
+                values[f"val/{truth}miou_{modality}"] = scores.mean_iou
+                values[f"val/{truth}accuracy_{modality}"] = scores.overall_accuracy
+                for name, iou in scores.iou.items():
+                    values[f"val/{truth}iou_{modality}/{name}"] = iou
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+class Pretraining:
+    """One run on this rank.
+
+    Args:
+        config: The whole run.
+        plan: Batch arithmetic.
+        world: This process among the others.
+        index: The shards.
+        train_ids: int64 (N,), locations to train on; the same on every rank.
+        val_ids: int64 (M,), locations held out.
+        engine: Model and optimiser.
+        loss: CromSS.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: BatchPlan,
+        world: World,
+        index: ShardIndex,
+        train_ids: np.ndarray,
+        val_ids: np.ndarray,
+        engine: Engine,
+        loss: CromssLoss,
+    ) -> None:
+        self.config, self.plan, self.world = config, plan, world
+        self.index, self.train_ids, self.val_ids = index, train_ids, val_ids
+        self.engine, self.loss = engine, loss
+        self.timeline = Timeline.of(config, len(train_ids))
+        self.plateau = Plateau(config.train)
+        side = 2**config.model.encoder_depth
+        self.samples_per_s = 0.0  # of the last interval that was logged; the run's throughput once warmed up
+        self.val_crop_px = index.patch_px // side * side
+
+    def run(self, record: Record | None) -> tuple[Validation, Validation]:
+        """Trains to the end.
+
+        Args:
+            record: On rank 0, where figures and pictures go.
+
+        Returns:
+            The validation before the first and after the last step.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        train, timeline = self.config.train, self.timeline
+        first = last = self.validate(0, record)
+        meter = Meter()
+        with self._train_loader() as loader:
+            batches = iter(loader)
+            for step in range(1, timeline.total_steps + 1):
+                samples = (step - 1) * timeline.global_batch
+                self.engine.lr = train.lr * lr_factor(train, timeline, samples) * self.plateau.factor
+                for _ in range(self.plan.accumulation_steps):
+                    meter.waits()
+                    batch = next(batches)
+                    meter.works()
+                    self._micro_step(batch, timeline.epochs(samples), meter)
+                samples += timeline.global_batch
+                if step % train.log_every_steps == 0 or step == timeline.total_steps:
+                    self._log(meter, step, samples, record)
+                if step % timeline.validate_every_steps == 0 or step == timeline.total_steps:
+                    last = self.validate(step, record)
+                    self.plateau.update(last.losses["total"])
+                    meter.restart()
+        return first, last
+
+    def _train_loader(self) -> TrainLoader:
+        data = self.config.data
+        return TrainLoader(
+            self.index,
+            self.train_ids,
+            seed=self.config.seed,
+            global_batch=self.plan.global_batch,
+            micro_batch=self.plan.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            threads=data.reader_threads,
+            prefetch=data.prefetch_batches,
+        )
+
+    def _micro_step(self, batch: Batch, progress_epochs: float, meter: Meter) -> None:
+        example = self._example(batch)
+        logits = self.engine.forward(example.s1, example.s2)
+        out = self.loss(*logits, example.label, example.prior, progress_epochs, example.weights)
+        result = self.engine.backward(out.total)
+        meter.add({"total": out.total.detach(), **out.parts}, result.grad_norm)
+
+    def _example(self, batch: Batch) -> Example:
+        data, loss = self.config.data, self.config.loss
+        drawn = draws(self.config.seed, batch.epochs.numpy(), batch.sample_ids.numpy())
+        geometry = train_geometry(drawn, self.index.patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
+        return prepare(batch, geometry, data.s1_bands, data.s2_bands, loss.prior, self.world.device)
+
+    def _log(self, meter: Meter, step: int, samples: int, record: Record | None) -> None:
+        values = meter.read(self.world, self.plan.micro_batch)
+        if not math.isfinite(values["train/loss/total"]):
+            raise TrainingError(
+                f"The training loss is {values['train/loss/total']} at step {step}; a smaller train.lr, "
+                "engine.grad_clip or engine.precision=fp32 may help."
+            )
+        self.samples_per_s = values["perf/samples_per_s"]
+        values["train/lr"] = self.engine.lr
+        values["train/epoch"] = self.timeline.epochs(samples)
+        meter.restart()
+        if record:
+            record.metrics(values, step, samples)
+
+    @torch.no_grad()
+    def validate(self, step: int, record: Record | None) -> Validation:
+        """Scores every held-out (location, season) once; a collective call.
+
+        Args:
+            step: Optimiser step, for the record.
+            record: On rank 0, where figures and pictures go.
+        """
+        data, device = self.config.data, self.world.device
+        samples = step * self.timeline.global_batch
+        has_reference = REFERENCE_ARRAY in self.index.arrays
+        matrices = {m: ConfusionMatrix(device) for m in MODALITIES}
+        reference_matrices = {m: ConfusionMatrix(device) for m in MODALITIES}
+        sums: Tensor | None = None
+        panels: list[PanelSample] = []
+        self.engine.train(False)
+        loader = EvalLoader(
+            self.index,
+            self.val_ids,
+            seasons=data.val_seasons,
+            micro_batch=self.plan.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            threads=data.reader_threads,
+            prefetch=data.prefetch_batches,
+        )
+        with loader:
+            for batch in loader:
+                geometry = eval_geometry(len(batch.keys), self.index.patch_px, self.val_crop_px)
+                example = prepare(batch, geometry, data.s1_bands, data.s2_bands, "none", device)
+                logits = dict(zip(MODALITIES, self.engine.forward(example.s1, example.s2), strict=True))
+                part = self.loss.validation_sums(logits["s1"], logits["s2"], example.label, example.weights)
+                sums = part if sums is None else sums + part
+                for modality, of_modality in logits.items():
+                    prediction = of_modality.argmax(1)
+                    matrices[modality].add(example.label, prediction, example.weights)
+                    if example.reference is not None:
+                        reference_matrices[modality].add(example.reference, prediction, example.weights)
+                if len(panels) < self.config.train.panel_samples:
+                    panels += self._panels(batch, example, logits, self.timeline.epochs(samples))
+        self.engine.train(True)
+        if sums is None:
+            raise TrainingError("No held-out sample was read; the validation split is empty.")
+        losses = self.loss.validation_loss(self.world.reduce_sum(sums))
+        validation = Validation(
+            {name: float(value) for name, value in losses.items()},
+            {m: matrix.scores(self.world.reduce_sum) for m, matrix in matrices.items()},
+            {m: matrix.scores(self.world.reduce_sum) for m, matrix in reference_matrices.items()} if has_reference else None,
+        )
+        if record:
+            record.validation(validation.metrics(), step, samples)
+            title = f"{self.config.name}, after {self.timeline.epochs(samples):.4g} epochs"
+            picture = draw_panels(panels[: self.config.train.panel_samples], data.s1_bands, data.s2_bands, title)
+            record.picture(f"panels/step_{step:07d}.png", picture)
+        return validation
+
+    def _panels(self, batch: Batch, example: Example, logits: dict[str, Tensor], progress_epochs: float) -> list[PanelSample]:
+        """Rows of the prediction panel; a collective call where the loss is global."""
+        out = self.loss(logits["s1"], logits["s2"], example.label, None, progress_epochs, example.weights)
+        predictions = {m: of_modality.argmax(1) for m, of_modality in logits.items()}
+
+        def array(values: Tensor, sample: int) -> np.ndarray:
+            return values[sample].float().cpu().numpy()
+
+        return [
+            PanelSample(
+                key=key,
+                season=int(batch.seasons[i]),
+                s1=array(example.s1, i),
+                s2=array(example.s2, i),
+                label=array(example.label, i).astype(np.uint8),
+                prediction_s1=array(predictions["s1"], i).astype(np.uint8),
+                prediction_s2=array(predictions["s2"], i).astype(np.uint8),
+                weights_s1=array(out.selection_s1, i),
+                weights_s2=array(out.selection_s2, i),
+                reference=None if example.reference is None else array(example.reference, i).astype(np.uint8),
+            )
+            for i, key in enumerate(batch.keys)
+            if batch.weights[i] > 0
+        ]

@@ -8,7 +8,9 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from matplotlib.figure import Figure
 
 from cromss_dist.tracking.runs import RunTracker
 
@@ -25,6 +27,7 @@ class Record:
 
     def __init__(self, run_dir: Path, tracker: RunTracker) -> None:
         self.tracker = tracker
+        self._run_dir = run_dir
         self._file = (run_dir / EVENTS_FILE).open("a", buffering=1)
 
     def event(self, kind: str, **values: Any) -> None:
@@ -41,12 +44,20 @@ class Record:
         self.tracker.log_metrics(values, step)
         self.event("validation", step=step, samples=samples, metrics=dict(values))
 
+    def picture(self, path: str, figure: Figure) -> None:
+        """A figure, in the run's folder and as an artifact of the MLflow run."""
+        place = self._run_dir / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(place)
+        self.tracker.log_figure(figure, path)
+        self.event("picture", path=str(place))
+
     def close(self) -> None:
         """Closes the file of events; the tracker is its owner's to close."""
         self._file.close()
 
 
-def append_event(file: Any, kind: str, **values: Any) -> None:
+def append_event(file: IO[str], kind: str, **values: Any) -> None:
     """Writes one JSON line with the time."""
     file.write(json.dumps({"event": kind, "time": time.time(), **values}) + "\n")
     file.flush()

@@ -1,0 +1,286 @@
+"""Pretraining: the composition root that every rank runs, whoever started it.
+
+Layer 4.
+"""
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save_file
+
+from cromss_dist import __version__
+from cromss_dist.config import BatchPlan, RunConfig, plan_batches
+from cromss_dist.data.index import ShardIndex, open_shards
+from cromss_dist.data.order import split
+from cromss_dist.errors import ConfigError
+from cromss_dist.losses import CromssLoss
+from cromss_dist.models.encoder import stage_channels
+from cromss_dist.models.two_branch import ParameterCounts, TwoBranchUNet
+from cromss_dist.parse import to_yaml, write_yaml
+from cromss_dist.schema import MODALITIES, NORMALISATION, Modality
+from cromss_dist.tracking.card import EncoderCard
+from cromss_dist.tracking.package import write_package
+from cromss_dist.tracking.registry import Registry
+from cromss_dist.tracking.runs import RunTracker
+from cromss_dist.train.engine import Engine
+from cromss_dist.train.loop import Pretraining, Validation
+from cromss_dist.train.record import Record
+from cromss_dist.train.schedule import Timeline
+from cromss_dist.world import World, join
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+WEIGHTS_FILE = "model.safetensors"
+_VERSIONED = ("torch", "segmentation-models-pytorch", "timm", "deepspeed")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run leaves; also written as `summary.json` into its folder."""
+
+    run_dir: str
+    run_id: str
+    tracking_uri: str
+    num_train: int
+    num_val: int
+    samples: int
+    samples_per_s: float
+    before: dict[str, float]  # validation metrics before the first step
+    after: dict[str, float]  # and after the last
+    registered: dict[str, int]  # model name -> version, empty where tracking.register is false
+    packages: dict[str, str]  # modality -> folder
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known about a run before it starts."""
+
+    config: RunConfig
+    index: ShardIndex
+    train_ids: npt.NDArray[np.int64]
+    val_ids: npt.NDArray[np.int64]
+    plan: BatchPlan
+    timeline: Timeline
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int) -> "Preflight":
+        """Opens the shards, splits them and does the arithmetic; starts nothing.
+
+        Raises:
+            ShardError: the shards are missing or damaged.
+            BatchError: the batch does not divide over the ranks.
+            ConfigError: the crop is larger than a patch.
+        """
+        plan = plan_batches(config.engine, world_size)
+        index = open_shards(Path(config.data.shards))
+        if config.data.crop_px > index.patch_px:
+            raise ConfigError(
+                f"data.crop_px={config.data.crop_px} is larger than the {index.patch_px} px patches of {config.data.shards}; "
+                f"set data.crop_px to a multiple of {2**config.model.encoder_depth} up to {index.patch_px}."
+            )
+        train_ids, val_ids = split(index.locations, config.data.val_fraction, config.seed)
+        return cls(config, index, train_ids, val_ids, plan, Timeline.of(config, len(train_ids)))
+
+    def build_model(self) -> TwoBranchUNet:
+        """The networks, with weights drawn from the run's seed."""
+        torch.manual_seed(self.config.seed)
+        data = self.config.data
+        return TwoBranchUNet(self.config.model, len(data.s1_bands), len(data.s2_bands))
+
+    def parameter_counts(self) -> ParameterCounts:
+        """Sizes of the networks."""
+        return self.build_model().parameter_counts()
+
+    def describe(self) -> str:
+        """What `--dry-run` prints: config, data, batch arithmetic, steps, parameter counts."""
+        plan, time, counts = self.plan, self.timeline, self.parameter_counts()
+        return "\n".join(
+            [
+                to_yaml(self.config).rstrip(),
+                "---",
+                f"config digest       {self.config.digest}",
+                f"data                {self.config.data.shards}: {len(self.index.locations)} locations, {self.index.patch_px} px, "
+                f"digest {self.index.digest[:12]}",
+                f"split               {len(self.train_ids)} locations to train on, {len(self.val_ids)} x "
+                f"{len(self.config.data.val_seasons)} seasons to validate on",
+                f"batch               {plan.global_batch} = micro batch {plan.micro_batch} x accumulation "
+                f"{plan.accumulation_steps} x world {plan.world_size}",
+                f"steps per epoch     {time.steps_per_epoch:.2f}",
+                f"steps               {time.total_steps} ({time.total_samples} samples, {self.config.train.epochs:g} epochs)",
+                f"validation          every {time.validate_every_steps} steps",
+                f"parameters          {counts.total:,}: encoder S1 {counts.encoder_s1:,}, encoder S2 {counts.encoder_s2:,}, "
+                f"decoder and head {counts.decoder:,} ({self.config.model.fusion} fusion)",
+            ]
+        )
+
+
+def new_run_dir(config: RunConfig) -> Path:
+    """Creates the run's folder `<output>/<name>-<time>` with the resolved config in it."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        run_dir = Path(config.output).absolute() / f"{config.name}-{stamp}{suffix}"
+        try:
+            run_dir.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        write_yaml(config, run_dir / CONFIG_FILE)
+        return run_dir
+    raise ConfigError(f"{run_dir} and 99 like it exist; set name or output to something else.")
+
+
+def tracking_uri_of(config: RunConfig) -> str:
+    """The MLflow store of a run: the config's, or SQLite in the folder of runs."""
+    return config.tracking.uri or f"sqlite:///{Path(config.output).absolute() / 'mlflow.db'}"
+
+
+def pretrain(config: RunConfig, run_dir: Path) -> RunSummary | None:
+    """Runs this rank's part of a pretraining; a collective call.
+
+    Args:
+        config: The whole run, equal on all ranks.
+        run_dir: Folder of the run, seen by rank 0.
+
+    Returns:
+        The summary on rank 0, None elsewhere.
+
+    Raises:
+        CromssError: whatever the caller can mend; see errors.py.
+    """
+    torch.set_num_threads(config.launch.cpus_per_worker)
+    world = join(config.engine.device)
+    preflight = Preflight.of(config, world.size)
+    model = preflight.build_model()
+    engine = Engine(model, config.engine, config.train, preflight.plan, world)
+    loss = CromssLoss(config.loss, reduce_sum=world.reduce_sum if world.size > 1 else None, world_size=world.size)
+    trainer = Pretraining(config, preflight.plan, world, preflight.index, preflight.train_ids, preflight.val_ids, engine, loss)
+    try:
+        if not world.is_main:
+            trainer.run(None)
+            engine.state_dict()
+            return None
+        with _recording(preflight, world, engine, run_dir) as record:
+            first, last = trainer.run(record)
+            record.event("stage", text="writing encoder packages")
+            weights = engine.state_dict()
+            save_file(weights, run_dir / WEIGHTS_FILE)
+            packages = {m: _write_package(m, model, weights, preflight, last, run_dir, record) for m in MODALITIES}
+            registered = _register(packages, config, record) if config.tracking.register else {}
+            record.tracker.flush()
+            summary = RunSummary(
+                run_dir=str(run_dir),
+                run_id=record.tracker.run_id,
+                tracking_uri=tracking_uri_of(config),
+                num_train=len(preflight.train_ids),
+                num_val=len(preflight.val_ids),
+                samples=preflight.timeline.total_samples,
+                samples_per_s=trainer.samples_per_s,
+                before=first.metrics(),
+                after=last.metrics(),
+                registered=registered,
+                packages={m: str(folder) for m, folder in packages.items()},
+            )
+            (run_dir / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+            return summary
+    finally:
+        engine.close()
+
+
+@contextmanager
+def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path) -> Iterator[Record]:
+    """The record of a run, which ends as FINISHED or FAILED with the block."""
+    config, index = preflight.config, preflight.index
+    tags = {
+        "config_digest": config.digest,
+        "git_revision": git_revision(),
+        "run_dir": str(run_dir),
+        "world_size": str(world.size),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "cpu",
+        "precision": engine.precision,
+    }
+    with RunTracker(tracking_uri_of(config), config.tracking.experiment, run_dir.name, tags=tags) as tracker:
+        record = Record(run_dir, tracker)
+        try:
+            tracker.log_params(config.to_dict())
+            tracker.log_text(to_yaml(config), CONFIG_FILE)
+            tracker.log_dataset(Path(config.data.shards).name, index.digest, config.data.shards)
+            record.event("stage", text=f"{world.size} x {world.device.type}, {engine.precision}, run {tracker.run_id}")
+            record.event("start", total_samples=preflight.timeline.total_samples)
+            yield record
+        finally:
+            record.close()
+
+
+def _write_package(
+    modality: Modality,
+    model: TwoBranchUNet,
+    weights: dict[str, torch.Tensor],
+    preflight: Preflight,
+    validation: Validation,
+    run_dir: Path,
+    record: Record,
+) -> Path:
+    """The package of one encoder, in the run's folder."""
+    config = preflight.config
+    bands = config.data.s1_bands if modality == "s1" else config.data.s2_bands
+    channels, strides = stage_channels(model.encoders[modality])
+    prefix = f"encoders.{modality}."
+    card = EncoderCard(
+        modality=modality,
+        bands=bands,
+        normalisation=NORMALISATION[modality].select(bands),
+        encoder=config.model.encoder,
+        depth=config.model.encoder_depth,
+        in_channels=len(bands),
+        out_channels=channels,
+        strides=strides,
+        fusion=config.model.fusion,
+        config_digest=config.digest,
+        manifest_digest=preflight.index.digest,
+        run_id=record.tracker.run_id,
+        git_revision=git_revision(),
+        versions={"cromss_dist": __version__} | {name: version(name) for name in _VERSIONED},
+        metrics={name: value for name, value in validation.metrics().items() if f"_{modality}" in name},
+        licence=config.tracking.licence,
+    )
+    folder = run_dir / "encoders" / modality
+    write_package(folder, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, card)
+    return folder
+
+
+def _register(packages: dict[Modality, Path], config: RunConfig, record: Record) -> dict[str, int]:
+    """Registers both encoders; returns model name -> version."""
+    registry = Registry(tracking_uri_of(config))
+    registered: dict[str, int] = {}
+    for modality, folder in packages.items():
+        name = model_name(config, modality)
+        registered[name] = registry.register(folder, name, record.tracker.run_id, alias=config.tracking.alias).version
+        record.event("stage", text=f"registered {name} version {registered[name]} as @{config.tracking.alias}")
+    return registered
+
+
+def model_name(config: RunConfig, modality: Modality) -> str:
+    """Name of an encoder in the registry: `<prefix>-<encoder>-<modality>`."""
+    return f"{config.tracking.model_prefix}-{config.model.encoder}-{modality}"
+
+
+def git_revision() -> str:
+    """Commit of the checkout this code runs from, with '+dirty' where it was changed; 'unknown' outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

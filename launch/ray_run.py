@@ -1,0 +1,109 @@
+"""Starts the workers of a run with Ray Train; the only file that imports Ray.
+
+Layer 5.
+"""
+
+import json
+import os
+import secrets
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cromss_dist import errors
+from cromss_dist.config import RunConfig
+from cromss_dist.errors import CromssError, TrainingError
+from cromss_dist.pretrain import SUMMARY_FILE, RunSummary
+from cromss_dist.world import COLLECTIVE_TIMEOUT_S, choose_device
+from launch.worker import ERROR_FILE, quiet, work
+
+
+def num_workers(config: RunConfig) -> int:
+    """Workers of a run on this machine: the config's number, else one a GPU, else one."""
+    if config.launch.workers is not None:
+        return config.launch.workers
+    if choose_device(config.engine.device).type == "cpu":
+        return 1
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def run_on_ray(config: RunConfig, run_dir: Path) -> RunSummary:
+    """Runs a pretraining on workers that Ray starts on this machine.
+
+    Args:
+        config: The whole run.
+        run_dir: Its folder, made by `new_run_dir`.
+
+    Raises:
+        CromssError: the error of a worker, with its own type and exit code.
+        TrainingError: a worker died without saying why; the message names Ray's log folder.
+    """
+    workers, cpus = num_workers(config), config.launch.cpus_per_worker
+    on_gpu = choose_device(config.engine.device).type == "cuda"
+    with _cluster(workers * cpus) as logs:
+        from ray.train import FailureConfig, ScalingConfig
+        from ray.train import RunConfig as RayRunConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"config": config.to_dict(), "run_dir": str(run_dir)},
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpu, resources_per_worker={"CPU": cpus, "GPU": int(on_gpu)}),
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+            run_config=RayRunConfig(name="ray", storage_path=str(run_dir), failure_config=FailureConfig(max_failures=0)),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _error_of_worker(run_dir) or TrainingError(
+                f"A worker failed without a message of its own: {str(error).strip().splitlines()[-1]} Ray's logs are in {logs}."
+            ) from error
+    return RunSummary(**json.loads((run_dir / SUMMARY_FILE).read_text()))
+
+
+@contextmanager
+def _cluster(num_cpus: int) -> Iterator[Path]:
+    """A Ray cluster of this machine that needs a token, listens on loopback, and ends with the block.
+
+    Yields:
+        The folder of its logs.
+    """
+    with tempfile.TemporaryDirectory(prefix="cromss-ray-") as private:  # mode 0700; short, since Ray puts sockets in it
+        token = Path(private) / "token"
+        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        # Ray reads these when it is imported, so the import comes after.
+        os.environ |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off: Ray takes the loopback address as its node's
+        }
+        import ray
+
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"worker_process_setup_hook": quiet},
+            )
+            yield Path(context.address_info["session_dir"]) / "logs"
+        finally:
+            ray.shutdown()
+
+
+def _error_of_worker(run_dir: Path) -> CromssError | None:
+    """The first error that a worker left, as the type it had."""
+    for path in sorted(run_dir.glob(ERROR_FILE.format(rank="*"))):
+        content = json.loads(path.read_text())
+        kind = getattr(errors, content["type"], None)
+        if isinstance(kind, type) and issubclass(kind, CromssError):
+            return kind(content["message"])
+    return None

@@ -1,0 +1,36 @@
+"""What Ray runs in its processes. Each of them unpickles references to this module, so it imports nothing heavy.
+
+Layer 5.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+ERROR_FILE = "error-rank{rank}.json"
+
+
+def work(arguments: dict[str, Any]) -> None:
+    """One rank of a run; a CromssError goes to the run's folder, for the launcher to raise again.
+
+    Args:
+        arguments: `config`, the resolved config as a dictionary, and `run_dir`.
+    """
+    from cromss_dist.errors import CromssError
+    from cromss_dist.parse import from_dict
+    from cromss_dist.pretrain import pretrain
+
+    run_dir = Path(arguments["run_dir"])
+    try:
+        pretrain(from_dict(arguments["config"]), run_dir)
+    except CromssError as error:
+        content = {"type": type(error).__name__, "message": str(error)}
+        (run_dir / ERROR_FILE.format(rank=os.environ["RANK"])).write_text(json.dumps(content))
+        raise
+
+
+def quiet() -> None:
+    """Without a dashboard, Ray Train's cleaner of placement groups complains every second in each process."""
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
