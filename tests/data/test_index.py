@@ -120,11 +120,13 @@ def test_another_schema_version_is_refused(shards: Path) -> None:
 def test_names_that_are_not_plain_are_refused(shards: Path, name: str) -> None:
     entries = json.loads((shards / "manifest.json").read_text())["shards"]
     reseal(shards, shards=[{**entries[0], "name": name}])
-    with pytest.raises(ShardError, match="plain names|surplus"):
+    with pytest.raises(ShardError, match="plain names"):
         open_shards(shards)
 
 
-@pytest.mark.parametrize("changes", [{"arrays": None}, {"shards": 3}, {"shards": [{"name": "a.tar"}]}, {"arrays": {"s1": {"shape": "x"}}}])
+@pytest.mark.parametrize(
+    "changes", [{"arrays": None}, {"shards": 3}, {"shards": [{"name": "a.tar"}]}, {"arrays": {"s1": {"shape": "x"}}}]
+)
 def test_a_malformed_manifest_with_a_fitting_digest_is_refused(shards: Path, changes: dict[str, object]) -> None:
     reseal(shards, **changes)
     with pytest.raises(ShardError):

@@ -42,7 +42,9 @@ def write_archive(root: Path, keys: tuple[str, ...] = KEYS, as_uint8: bool = Fal
     for key in keys:
         for s1_scene, s2_scene in zip(S1_SCENES, S2_SCENES, strict=True):
             for spec in IMAGE_ARRAYS:
-                folder = root / ("s1" if spec.modality == "s1" else "s2c") / key / (s1_scene if spec.modality == "s1" else s2_scene)
+                folder = (
+                    root / ("s1" if spec.modality == "s1" else "s2c") / key / (s1_scene if spec.modality == "s1" else s2_scene)
+                )
                 shape = (PATCH_PX // spec.scale, PATCH_PX // spec.scale)
                 for band in spec.bands:
                     if as_uint8:
@@ -53,7 +55,11 @@ def write_archive(root: Path, keys: tuple[str, ...] = KEYS, as_uint8: bool = Fal
                         pixels = rng.integers(1, 5000, shape, dtype=np.uint16)
                     write_tif(folder / f"{band}.tif", pixels)
                 (folder / "metadata.json").write_text(json.dumps({"PROCESSING_BASELINE": "02.09"}))
-            for name, file, values in (("dw_noisy_labels", "label", 9), ("reference_labels", "label", 9), ("noise_kinds", "kind", 5)):
+            for name, file, values in (
+                ("dw_noisy_labels", "label", 9),
+                ("reference_labels", "label", 9),
+                ("noise_kinds", "kind", 5),
+            ):
                 coarse = rng.integers(0, values, (12, 12), dtype=np.uint8)
                 write_tif(root / name / key / s2_scene / f"{file}.tif", np.repeat(np.repeat(coarse, 4, 0), 4, 1))
     with (root / "dw_complete_ids.csv").open("w", newline="") as table:
@@ -106,6 +112,12 @@ def _link_away(path: Path) -> None:
     path.symlink_to(target)
 
 
+def _remove_everywhere(root: Path, key: str) -> None:
+    for folder in root.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder / key)
+
+
 def append_line(root: Path, *cells: str) -> None:
     """Adds a line to the csv."""
     with (root / "dw_complete_ids.csv").open("a") as table:
@@ -141,5 +153,5 @@ TRAPS: dict[str, tuple[str, Damage]] = {
     "L2A": ("l2a", lambda r: (r / S2_FOLDER / "B10.tif").unlink()),
     "broken metadata": ("bad_metadata", lambda r: (r / S2_FOLDER / "metadata.json").write_text("{")),
     "listed twice, differently": ("conflicting_duplicate", lambda r: append_line(r, "12", *S2_SCENES[::-1])),
-    "listed, not on disk": ("missing_label", lambda r: [shutil.rmtree(f / "0000012") for f in r.iterdir() if f.is_dir()]),
+    "listed, not on disk": ("missing_label", lambda r: _remove_everywhere(r, "0000012")),
 }

@@ -1,0 +1,71 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.tiny_archive import LABEL, S2_FOLDER, Damage, cut, write_archive, write_tif
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_archive(tmp_path_factory.mktemp("tool") / "archive")
+
+
+def shard(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "tools" / "shard.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def test_a_run_prints_ledger_and_classes_and_a_second_one_is_refused(archive: Path, tmp_path: Path) -> None:
+    done = shard(archive, tmp_path / "out", "--shard_size_mib", "0.3")
+    assert done.returncode == 0, done.stderr
+    assert "3 samples in 2 shards" in done.stdout
+    assert "flooded_vegetation" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
+    again = shard(archive, tmp_path / "out")
+    assert again.returncode == 4
+    assert again.stderr.startswith("OutputExistsError: ")
+    assert shard(archive, tmp_path / "out", "--overwrite").returncode == 0
+
+
+def _cut_band(root: Path) -> None:
+    cut(root / S2_FOLDER / "B3.tif", 0.5)
+
+
+def _empty_label(root: Path) -> None:
+    write_tif(root / LABEL, np.full((48, 48), 255, np.uint8))
+
+
+def _remove_metadata_braces(root: Path) -> None:
+    (root / S2_FOLDER / "metadata.json").write_text("{")
+
+
+@pytest.mark.parametrize(("damage", "code"), [(_cut_band, 13), (_empty_label, 14), (_remove_metadata_braces, 12)])
+def test_rejected_inputs_have_their_exit_codes_and_leave_nothing(tmp_path: Path, damage: Damage, code: int) -> None:
+    root = write_archive(tmp_path / "archive", ("0000012",))
+    damage(root)
+    failed = shard(root, tmp_path / "out")
+    assert failed.returncode == code, failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "0000012" in failed.stderr
+    assert os.listdir(tmp_path) == ["archive"]
+
+
+def test_missing_and_empty_archives_and_wrong_arguments_have_their_exit_codes(archive: Path, tmp_path: Path) -> None:
+    for folder in ("s1", "s2c", "dw_noisy_labels"):
+        (tmp_path / "empty" / folder).mkdir(parents=True)
+    assert shard(tmp_path / "nowhere", tmp_path / "out").returncode == 10
+    assert shard(tmp_path / "empty", tmp_path / "out").returncode == 11
+    assert shard(archive, tmp_path / "out", "--max_reject_fraction", "2").returncode == 2
+    assert os.listdir(tmp_path) == ["empty"]
+
+
+def test_help_names_arguments_and_exit_codes() -> None:
+    text = shard("--help").stdout
+    assert all(word in text for word in ("ARCHIVE", "--shard_size_mib", "--max_reject_fraction", "Exit codes", "ledger.jsonl"))
