@@ -76,7 +76,8 @@ def read_package(folder: Path) -> "tuple[EncoderCard, dict[str, Tensor]]":
     import safetensors.torch
 
     card, weights = _read(folder)
-    return card, safetensors.torch.load(weights)  # the bytes that were hashed, not the file again
+    tensors = safetensors.torch.load(weights)  # the bytes that were hashed, not the file again
+    return card, dict(sorted(tensors.items()))  # safetensors' own order differs from call to call
 
 
 def card_sha256(card: EncoderCard) -> str:

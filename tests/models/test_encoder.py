@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from cromss_dist.errors import ConfigError, PackageError
 from cromss_dist.models.encoder import build_encoder, load_strictly, stage_channels, stage_features, to_smp, to_timm
 
-ENCODERS = [("resnet18", 3), ("resnet50", 5), ("tu-convnext_atto", 4), ("tu-resnet18", 5), ("efficientnet-b0", 3), ("efficientnet-b0", 5)]
+ENCODERS = [
+    ("resnet18", 3),
+    ("resnet50", 5),
+    ("tu-convnext_atto", 4),
+    ("tu-resnet18", 5),
+    ("efficientnet-b0", 3),
+    ("efficientnet-b0", 5),
+]
 
 
 @dataclass
@@ -79,7 +86,9 @@ def test_an_encoder_without_a_twin_in_timm_says_what_to_do() -> None:
         to_timm("efficientnet-b0", 3, 2, state)
 
 
-@pytest.mark.parametrize(("decoder", "options"), [("Unet", {"decoder_channels": (32, 16, 16, 8, 8)}), ("FPN", {}), ("PSPNet", {"encoder_depth": 3})])
+@pytest.mark.parametrize(
+    ("decoder", "options"), [("Unet", {"decoder_channels": (32, 16, 16, 8, 8)}), ("FPN", {}), ("PSPNet", {"encoder_depth": 3})]
+)
 def test_smp_features_are_bit_equal(decoder: str, options: dict[str, object]) -> None:
     encoder = build_encoder("resnet18", 5, 13).eval()
     model = to_smp("resnet18", 5, 13, encoder.state_dict(), decoder, 4, **options).eval()
@@ -110,7 +119,9 @@ def test_smp_conversion_refuses_what_it_cannot_give() -> None:
         to_smp("resnet18", 3, 2, state, "Unett", 2)
 
 
-@pytest.mark.parametrize(("name", "near"), [("resnet5", "resnet50"), ("tu-convnext_attoo", "tu-convnext_atto"), ("timm-regnetx_002", "tu-")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("resnet5", "resnet50"), ("tu-convnext_attoo", "tu-convnext_atto"), ("timm-regnetx_002", "tu-")]
+)
 def test_an_unknown_encoder_gets_the_nearest_names(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=near) as caught:
         build_encoder(name, 5, 2)

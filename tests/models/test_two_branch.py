@@ -67,7 +67,9 @@ def test_each_branch_is_smps_unet_bit_for_bit(fusion: str) -> None:
 def test_no_parameter_has_two_names() -> None:
     for fusion in ("middle", "late"):
         state = build(fusion).state_dict()
-        assert len({tensor.data_ptr() for tensor in state.values() if tensor.numel() > 1}) == sum(t.numel() > 1 for t in state.values())
+        assert len({tensor.data_ptr() for tensor in state.values() if tensor.numel() > 1}) == sum(
+            t.numel() > 1 for t in state.values()
+        )
 
 
 def test_counts_add_up() -> None:
@@ -81,5 +83,7 @@ def test_counts_add_up() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(60, 64), (64, 60)])
 def test_a_side_that_does_not_divide_is_refused(height: int, width: int) -> None:
-    with pytest.raises(ConfigError, match=rf"{height} x {width} px does not divide by 2 \*\* model.encoder_depth = 8; set data.crop_px"):
+    with pytest.raises(
+        ConfigError, match=rf"{height} x {width} px does not divide by 2 \*\* model.encoder_depth = 8; set data.crop_px"
+    ):
         build("late")(torch.rand(1, 2, height, width), torch.rand(1, 13, height, width))
