@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from cromss_dist.data.synthetic.fields import borders
 from cromss_dist.data.synthetic.settings import ByteArray, FloatArray
 from cromss_dist.schema import CLASS_NAMES, NOISE_KINDS, NUM_CLASSES, NUM_SEASONS
 
@@ -52,7 +51,7 @@ def count(truth: ByteArray, label: ByteArray, kind: ByteArray, cloud: FloatArray
     )
     strata = np.zeros((len(DISTANCES_PX) + 1, 2), np.int64)
     for season in range(NUM_SEASONS):
-        line = borders(truth[season])
+        line = ndimage.maximum_filter(truth[season], 3) != ndimage.minimum_filter(truth[season], 3)  # a neighbour differs
         # Without any border every pixel is far from one.
         far = ndimage.distance_transform_cdt(~line, "chessboard") + 1 if line.any() else np.full(line.shape, 999)
         stratum = np.digitize(far, DISTANCES_PX, right=True)
