@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter, gaussian_filter1d  # type: ignore[import-untyped]
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
