@@ -156,7 +156,7 @@ def test_a_card_that_is_no_card_is_refused(package: Path, text: str) -> None:
 def test_a_package_is_never_overwritten_and_never_half_there(package: Path, make_card: MakeCard, tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="exists already"):
         write_package(package, STATE, make_card())
-    with pytest.raises(PackageError, match="metrics.x=nan"):
+    with pytest.raises(PackageError, match=r"metrics.x=nan"):
         write_package(tmp_path / "other", STATE, replace(make_card(), metrics={"x": float("nan")}))
     assert [entry.name for entry in tmp_path.iterdir()] == ["package"]
 

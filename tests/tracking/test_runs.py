@@ -157,7 +157,7 @@ with RunTracker(sys.argv[1], "shared", "r") as run:
     command = [sys.executable, "-c", code, uri]
     processes = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
+        for _ in range(2)
     ]
     for process in processes:
         assert process.stdout is not None
@@ -171,9 +171,8 @@ with RunTracker(sys.argv[1], "shared", "r") as run:
         assert process.returncode == 0, errors
     with closing(sqlite3.connect(tmp_path / "new" / "mlflow.db")) as database:
         assert database.execute("SELECT count(*) FROM experiments WHERE name = 'shared'").fetchone() == (1,)
-        query = (
-            "SELECT status, value FROM runs JOIN metrics USING (run_uuid) JOIN experiments USING (experiment_id) WHERE name = ?"
-        )
+        tables = "runs JOIN metrics USING (run_uuid) JOIN experiments USING (experiment_id)"
+        query = f"SELECT runs.status, metrics.value FROM {tables} WHERE experiments.name = ?"
         rows = database.execute(query, ("shared",))
         assert rows.fetchall() == [("FINISHED", 1.0)] * 2
     assert sorted(entry.name for entry in (tmp_path / "new").iterdir()) == ["mlflow.db", "mlflow.db.lock"]
