@@ -64,7 +64,7 @@ class SyntheticConfig:
     confusion_rate: float = 0.15
     patch_px: float = 8.0
     appearance_rate: float = 0.15
-    image_only_rate: float = 0.8
+    image_only_rate: float = 0.5
     cloud_rate: float = 0.7
     uniform_rate: float = 0.33
 
