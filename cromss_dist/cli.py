@@ -27,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or that of the error (see cromss_dist/errors.py).
     """
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and not options.takes_rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     return main_guard(lambda: options.run(options))
 
 
@@ -39,9 +43,32 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(takes_rest=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_pretrain(commands)
     _add_registry(commands)  # further commands go here, one `_add_<command>` each
     return parser
+
+
+def _add_pretrain(commands: Any) -> None:
+    # The config has its own parser; --help is its, too.
+    pretrain = commands.add_parser("pretrain", help="pretrain in this one process (many: launch/local.py)", add_help=False)
+    pretrain.set_defaults(run=_pretrain, takes_rest=True)
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from cromss_dist.parse import parse_run
+    from cromss_dist.pretrain import Preflight, report, run_in_process
+
+    description = "Pretrains in this process, for debugging and small runs; launch/local.py starts many workers."
+    parsed = parse_run(options.rest, prog="cromss pretrain", description=description)
+    if parsed.dry_run:
+        print(Preflight.of(parsed.config, world_size=1).describe())
+        return
+    console = Console()
+    report(run_in_process(parsed.config, console), console)
 
 
 def _add_registry(commands: Any) -> None:

@@ -7,7 +7,8 @@ Layer 1. YAML files in `configs/` state only what differs from the defaults here
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from cromss_dist.errors import BatchError, ConfigError
@@ -57,7 +58,11 @@ class DataConfig:
             _require(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "give a probability in [0, 1]")
         _require(0 <= self.rotate_max_deg <= 180, "data.rotate_max_deg", self.rotate_max_deg, "give 0 to 180 degrees")
         _require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "give a share in (0, 1)")
-        ok = bool(self.val_seasons) and set(self.val_seasons) <= {0, 1, 2, 3} and len(set(self.val_seasons)) == len(self.val_seasons)
+        ok = (
+            bool(self.val_seasons)
+            and set(self.val_seasons) <= {0, 1, 2, 3}
+            and len(set(self.val_seasons)) == len(self.val_seasons)
+        )
         _require(ok, "data.val_seasons", self.val_seasons, "give distinct seasons out of 0, 1, 2, 3")
         _require(self.reader_threads >= 1, "data.reader_threads", self.reader_threads, "give at least 1")
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "give at least 1")
@@ -129,7 +134,12 @@ class LossConfig:
         _require(self.ramp_epochs >= 0, "loss.ramp_epochs", self.ramp_epochs, "give 0 or more epochs")
         _require(self.consistency_weight >= 0, "loss.consistency_weight", self.consistency_weight, "give 0 or more")
         ok = self.prior_weight >= 0 and self.uniform_weight >= 0 and self.prior_weight + self.uniform_weight <= 1
-        _require(ok, "loss.prior_weight + loss.uniform_weight", self.prior_weight + self.uniform_weight, "both are 0 or more and add up to at most 1")
+        _require(
+            ok,
+            "loss.prior_weight + loss.uniform_weight",
+            self.prior_weight + self.uniform_weight,
+            "both are 0 or more and add up to at most 1",
+        )
 
 
 @dataclass(frozen=True)
@@ -203,7 +213,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require(self.global_batch >= 1, "engine.global_batch", self.global_batch, "give at least 1")
-        _require(self.micro_batch is None or self.micro_batch >= 1, "engine.micro_batch", self.micro_batch, "give at least 1 or null")
+        _require(
+            self.micro_batch is None or self.micro_batch >= 1, "engine.micro_batch", self.micro_batch, "give at least 1 or null"
+        )
         _require(self.accumulation_steps >= 1, "engine.accumulation_steps", self.accumulation_steps, "give at least 1")
         _require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "give 0, 1, 2 or 3")
         _require(self.grad_clip >= 0, "engine.grad_clip", self.grad_clip, "give 0 or more")
@@ -247,7 +259,9 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         _require(self.workers is None or self.workers >= 1, "launch.workers", self.workers, "give at least 1 or null")
         _require(self.cpus_per_worker >= 1, "launch.cpus_per_worker", self.cpus_per_worker, "give at least 1")
-        _require(self.ray or self.workers in (None, 1), "launch.workers", self.workers, "launch.ray=false runs one worker; set it to 1")
+        _require(
+            self.ray or self.workers in (None, 1), "launch.workers", self.workers, "launch.ray=false runs one worker; set it to 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -283,8 +297,16 @@ class RunConfig:
         _require(ok, "name", self.name, "use letters, digits, '.', '_' and '-', starting with a letter or digit")
         side = 2**self.model.encoder_depth
         _require(
-            self.data.crop_px % side == 0, "data.crop_px", self.data.crop_px, f"give a multiple of {side} = 2 ** model.encoder_depth"
+            self.data.crop_px % side == 0,
+            "data.crop_px",
+            self.data.crop_px,
+            f"give a multiple of {side} = 2 ** model.encoder_depth",
         )
+
+    def with_absolute_paths(self) -> "RunConfig":
+        """The same config with paths that hold in every worker, whatever its working directory."""
+        data = replace(self.data, shards=str(Path(self.data.shards).absolute()))
+        return replace(self, data=data, output=str(Path(self.output).absolute()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of JSON types."""

@@ -45,7 +45,9 @@ def parse_run(argv: Sequence[str] | None = None, prog: str | None = None, descri
         ConfigError: unknown key, wrong type or value, unreadable YAML.
     """
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
-    parser.add_argument("--config", action="config", help="YAML that states differences from the defaults; may be given more than once.")
+    parser.add_argument(
+        "--config", action="config", help="YAML that states differences from the defaults; may be given more than once."
+    )
     parser.add_argument("--dry-run", action="store_true", help="Print config, batch arithmetic and parameter counts, and exit.")
     parser.add_class_arguments(RunConfig, as_group=False)
     try:

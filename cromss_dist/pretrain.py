@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from cromss_dist import __version__
@@ -27,15 +28,16 @@ from cromss_dist.losses import CromssLoss
 from cromss_dist.models.encoder import stage_channels
 from cromss_dist.models.two_branch import ParameterCounts, TwoBranchUNet
 from cromss_dist.parse import to_yaml, write_yaml
-from cromss_dist.schema import MODALITIES, NORMALISATION, Modality
+from cromss_dist.schema import MODALITIES, Modality
 from cromss_dist.tracking.card import EncoderCard
 from cromss_dist.tracking.package import write_package
 from cromss_dist.tracking.registry import Registry
-from cromss_dist.tracking.runs import RunTracker
+from cromss_dist.tracking.runs import RunTracker, flatten
 from cromss_dist.train.engine import Engine
 from cromss_dist.train.loop import Pretraining, Validation
 from cromss_dist.train.record import Record
 from cromss_dist.train.schedule import Timeline
+from cromss_dist.train.watch import watching
 from cromss_dist.world import World, join
 
 CONFIG_FILE = "config.yaml"
@@ -109,7 +111,7 @@ class Preflight:
                 to_yaml(self.config).rstrip(),
                 "---",
                 f"config digest       {self.config.digest}",
-                f"data                {self.config.data.shards}: {len(self.index.locations)} locations, {self.index.patch_px} px, "
+                f"data                {self.config.data.shards}: {len(self.index)} locations, {self.index.patch_px} px, "
                 f"digest {self.index.digest[:12]}",
                 f"split               {len(self.train_ids)} locations to train on, {len(self.val_ids)} x "
                 f"{len(self.config.data.val_seasons)} seasons to validate on",
@@ -195,6 +197,27 @@ def pretrain(config: RunConfig, run_dir: Path) -> RunSummary | None:
         engine.close()
 
 
+def run_in_process(config: RunConfig, console: Console) -> RunSummary:
+    """Runs a pretraining with this process as its only worker, and shows its progress.
+
+    Raises:
+        CromssError: see errors.py.
+    """
+    config = config.with_absolute_paths()
+    Preflight.of(config, world_size=1)
+    run_dir = new_run_dir(config)
+    with watching(run_dir, console):
+        summary = pretrain(config, run_dir)
+    assert summary is not None, "a run of one process is rank 0"
+    return summary
+
+
+def report(summary: RunSummary, console: Console) -> None:
+    """Prints what a finished run left, and how to look at it."""
+    console.print(f"  {summary.samples} samples at {summary.samples_per_s:.1f} samples/s", highlight=False)
+    console.print(f"  mlflow ui --backend-store-uri {summary.tracking_uri}", highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path) -> Iterator[Record]:
     """The record of a run, which ends as FINISHED or FAILED with the block."""
@@ -213,6 +236,7 @@ def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path
             tracker.log_params(config.to_dict())
             tracker.log_text(to_yaml(config), CONFIG_FILE)
             tracker.log_dataset(Path(config.data.shards).name, index.digest, config.data.shards)
+            record.event("stage", text=f"run folder {run_dir}")
             record.event("stage", text=f"{world.size} x {world.device.type}, {engine.precision}, run {tracker.run_id}")
             record.event("start", total_samples=preflight.timeline.total_samples)
             yield record
@@ -237,7 +261,7 @@ def _write_package(
     card = EncoderCard(
         modality=modality,
         bands=bands,
-        normalisation=NORMALISATION[modality].select(bands),
+        normalisation=preflight.index.normalisation(modality).select(bands),
         encoder=config.model.encoder,
         depth=config.model.encoder_depth,
         in_channels=len(bands),
@@ -249,6 +273,7 @@ def _write_package(
         run_id=record.tracker.run_id,
         git_revision=git_revision(),
         versions={"cromss_dist": __version__} | {name: version(name) for name in _VERSIONED},
+        recipe=flatten(config.to_dict()),
         metrics={name: value for name, value in validation.metrics().items() if f"_{modality}" in name},
         licence=config.tracking.licence,
     )
@@ -278,7 +303,9 @@ def git_revision() -> str:
 
     def git(*arguments: str) -> str:
         here = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")

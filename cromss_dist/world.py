@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from cromss_dist.errors import ConfigError
 
@@ -92,5 +93,5 @@ def join(device: Literal["auto", "cpu", "cuda"]) -> World:
             dist.init_process_group(backend, timeout=timeout)
         else:
             # In-memory store: no port is opened.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), chosen)

@@ -11,7 +11,7 @@ from rich.console import Console
 from cromss_dist.config import RunConfig
 from cromss_dist.errors import main_guard
 from cromss_dist.parse import parse_run
-from cromss_dist.pretrain import Preflight, RunSummary, new_run_dir, pretrain
+from cromss_dist.pretrain import Preflight, RunSummary, new_run_dir, report, run_in_process
 from cromss_dist.train.watch import watching
 from launch.ray_run import num_workers, run_on_ray
 
@@ -26,15 +26,13 @@ def run(config: RunConfig, console: Console) -> RunSummary:
     Raises:
         CromssError: see errors.py.
     """
+    if not config.launch.ray:
+        return run_in_process(config, console)
+    config = config.with_absolute_paths()
     Preflight.of(config, num_workers(config))
     run_dir = new_run_dir(config)
-    console.print(f"  run folder {run_dir}", highlight=False, soft_wrap=True)
     with watching(run_dir, console):
-        if config.launch.ray:
-            return run_on_ray(config, run_dir)
-        summary = pretrain(config, run_dir)
-    assert summary is not None, "a run of one process is rank 0"
-    return summary
+        return run_on_ray(config, run_dir)
 
 
 def main() -> int:
@@ -42,19 +40,13 @@ def main() -> int:
     parsed = parse_run(prog="launch/local.py", description=DESCRIPTION)
     console = Console()
     if parsed.dry_run:
-        console.print(Preflight.of(parsed.config, num_workers(parsed.config)).describe(), highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            Preflight.of(parsed.config, num_workers(parsed.config)).describe(), highlight=False, markup=False, soft_wrap=True
+        )
         return 0
     summary = run(parsed.config, console)
     report(summary, console)
     return 0
-
-
-def report(summary: RunSummary, console: Console) -> None:
-    """Prints what a finished run left, and how to look at it."""
-    console.print(f"  {summary.samples} samples at {summary.samples_per_s:.1f} samples/s", highlight=False)
-    for name, version in summary.registered.items():
-        console.print(f"  registered {name} version {version}", highlight=False)
-    console.print(f"  mlflow ui --backend-store-uri {summary.tracking_uri}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

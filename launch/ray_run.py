@@ -4,13 +4,14 @@ Layer 5.
 """
 
 import json
+import logging
 import os
 import secrets
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cromss_dist import errors
 from cromss_dist.config import RunConfig
@@ -52,7 +53,9 @@ def run_on_ray(config: RunConfig, run_dir: Path) -> RunSummary:
         trainer = TorchTrainer(
             work,
             train_loop_config={"config": config.to_dict(), "run_dir": str(run_dir)},
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpu, resources_per_worker={"CPU": cpus, "GPU": int(on_gpu)}),
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu=on_gpu, resources_per_worker={"CPU": cpus, "GPU": int(on_gpu)}
+            ),
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
             run_config=RayRunConfig(name="ray", storage_path=str(run_dir), failure_config=FailureConfig(max_failures=0)),
         )
@@ -86,15 +89,15 @@ def _cluster(num_cpus: int) -> Iterator[Path]:
         import ray
 
         try:
-            context = ray.init(
+            context: Any = ray.init(
                 address="local",
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 runtime_env={"worker_process_setup_hook": quiet},
             )
-            yield Path(context.address_info["session_dir"]) / "logs"
+            yield Path(str(context["session_dir"])) / "logs"
         finally:
             ray.shutdown()
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from cromss_dist.data.shards import MANIFEST, Json, block_bytes, manifest_entries, read_manifest, read_record
 from cromss_dist.errors import ShardError
-from cromss_dist.schema import LABEL_ARRAY, NUM_SEASONS
+from cromss_dist.schema import LABEL_ARRAY, NUM_SEASONS, Modality, Normalisation
 
 Uint8Array = npt.NDArray[np.uint8]
 
@@ -55,6 +56,19 @@ class ShardIndex:
     def patch_px(self) -> int:
         """Side of the patches at 10 m, px."""
         return int(self.manifest["patch_px"])
+
+    def normalisation(self, modality: Modality) -> Normalisation:
+        """The contract by which the stored values of a modality came from physical ones."""
+        stated = dict(self.manifest["normalisation"][modality])
+        digest = stated.pop("digest")
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in stated.items()}
+        contract = Normalisation(**fields)
+        if contract.digest != digest:
+            raise ShardError(
+                f"{self.folder / MANIFEST} states digest {digest} for the normalisation of {modality}, which has "
+                f"{contract.digest}; shard the archive again."
+            )
+        return contract
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of an array as `read` returns it."""

@@ -4,6 +4,7 @@ Layer 3. Runs alike on every rank; only rank 0 holds a Record.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from cromss_dist.data.loader import EvalLoader, TrainLoader
 from cromss_dist.data.order import draws
 from cromss_dist.errors import TrainingError
 from cromss_dist.losses import CromssLoss
-from cromss_dist.schema import MODALITIES, REFERENCE_ARRAY, Batch, Example
+from cromss_dist.schema import MODALITIES, REFERENCE_ARRAY, Batch, Example, Modality
 from cromss_dist.tracking.panels import PanelSample, draw_panels
 from cromss_dist.train.engine import Engine
 from cromss_dist.train.meter import Meter
@@ -174,6 +175,8 @@ class Pretraining:
         reference_matrices = {m: ConfusionMatrix(device) for m in MODALITIES}
         sums: Tensor | None = None
         panels: list[PanelSample] = []
+        # Counted, not measured by what was found: the loss below is a collective call.
+        num_panel_batches = math.ceil(self.config.train.panel_samples * len(data.val_seasons) / self.plan.micro_batch)
         self.engine.train(False)
         loader = EvalLoader(
             self.index,
@@ -186,7 +189,7 @@ class Pretraining:
             prefetch=data.prefetch_batches,
         )
         with loader:
-            for batch in loader:
+            for number, batch in enumerate(loader):
                 geometry = eval_geometry(len(batch.keys), self.index.patch_px, self.val_crop_px)
                 example = prepare(batch, geometry, data.s1_bands, data.s2_bands, "none", device)
                 logits = dict(zip(MODALITIES, self.engine.forward(example.s1, example.s2), strict=True))
@@ -197,7 +200,7 @@ class Pretraining:
                     matrices[modality].add(example.label, prediction, example.weights)
                     if example.reference is not None:
                         reference_matrices[modality].add(example.reference, prediction, example.weights)
-                if len(panels) < self.config.train.panel_samples:
+                if number < num_panel_batches:
                     panels += self._panels(batch, example, logits, self.timeline.epochs(samples))
         self.engine.train(True)
         if sums is None:
@@ -215,8 +218,12 @@ class Pretraining:
             record.picture(f"panels/step_{step:07d}.png", picture)
         return validation
 
-    def _panels(self, batch: Batch, example: Example, logits: dict[str, Tensor], progress_epochs: float) -> list[PanelSample]:
-        """Rows of the prediction panel; a collective call where the loss is global."""
+    def _panels(
+        self, batch: Batch, example: Example, logits: Mapping[Modality, Tensor], progress_epochs: float
+    ) -> list[PanelSample]:
+        """Rows of the prediction panel, one season of each location; a collective call where the loss is global."""
+        seasons = self.config.data.val_seasons
+        places = np.searchsorted(self.val_ids, batch.sample_ids.numpy())
         out = self.loss(logits["s1"], logits["s2"], example.label, None, progress_epochs, example.weights)
         predictions = {m: of_modality.argmax(1) for m, of_modality in logits.items()}
 
@@ -237,5 +244,5 @@ class Pretraining:
                 reference=None if example.reference is None else array(example.reference, i).astype(np.uint8),
             )
             for i, key in enumerate(batch.keys)
-            if batch.weights[i] > 0
+            if batch.weights[i] > 0 and batch.seasons[i] == seasons[places[i] % len(seasons)]
         ]

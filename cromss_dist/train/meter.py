@@ -54,7 +54,10 @@ class Meter:
         means = (world.reduce_sum(sums) / world.size / self.num_batches).tolist()  # waits for the device
         seconds = time.perf_counter() - self._started
         wait = world.reduce_sum(torch.tensor([self._wait_s], dtype=torch.float64, device=sums.device))
-        values = {f"train/loss/{name}" if not name.startswith("kept") else f"train/{name}": v for name, v in zip(names, means, strict=True)}
+        values = {
+            f"train/loss/{name}" if not name.startswith("kept") else f"train/{name}": v
+            for name, v in zip(names, means, strict=True)
+        }
         if self._grad_norms:
             values["train/grad_norm"] = sum(self._grad_norms) / len(self._grad_norms)
         values["perf/samples_per_s"] = self.num_batches * samples_per_batch * world.size / seconds
