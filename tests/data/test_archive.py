@@ -117,6 +117,9 @@ def test_a_label_of_another_size_is_resized_without_new_classes(archive_root: Pa
     sample = open_archive(archive_root).read("0000012")
     np.testing.assert_array_equal(sample.arrays["label"][1], np.repeat(np.repeat(label, 2, 0), 2, 1))
     assert sample.notes == ("label_resized",)
+    write_tif(archive_root / LABEL, np.tile(np.array([1, 2, 3, 4], np.uint8), (32, 8)))  # two pixels become three
+    resized = open_archive(archive_root).read("0000012").arrays["label"][1]
+    assert resized[0, :6].tolist() == [1, 2, 2, 3, 4, 4]  # centres 1/3, 1, 5/3, 7/3, 3, 11/3
 
 
 def test_nodata_of_a_label_becomes_ignore_unless_it_names_a_class(archive_root: Path) -> None:

@@ -99,10 +99,10 @@ def _declare_400_mb(path: Path) -> None:
 
 
 def _write_vrt(path: Path) -> None:
-    """A VRT that is called .tif and points at a file elsewhere."""
+    """A VRT that is called .tif and shows the pixels of another file, which GDAL would read if it were let."""
     path.write_text(
         '<VRTDataset rasterXSize="48" rasterYSize="48"><VRTRasterBand dataType="UInt16" band="1"><SimpleSource>'
-        "<SourceFilename>/etc/hostname</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
+        f"<SourceFilename>{path.with_name('B2.tif')}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
     )
 
 
