@@ -25,6 +25,12 @@ class ConfigError(CromssError):
 class BatchError(ConfigError):
     """Global batch, micro batch, accumulation steps and world size do not multiply."""
 
+    exit_code = 6
+
+
+class StorageError(CromssError):
+    """The operating system refused a file: disk full, no permission, read-only, an I/O error."""
+
     exit_code = 3
 
 
@@ -95,7 +101,7 @@ class TrainingError(CromssError):
 
 
 def main_guard(main: Callable[[], int | None]) -> int:
-    """Runs a command's `main`, turning a CromssError into one paragraph on stderr and its exit code.
+    """Runs a command's `main`, turning a CromssError or an OSError into one paragraph on stderr and its exit code.
 
     Returns:
         The process exit code: 0, the error's code, or 130 after Ctrl-C.
@@ -105,6 +111,11 @@ def main_guard(main: Callable[[], int | None]) -> int:
     except CromssError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        mend = "Check the disk's free space and the folder's permissions, and run it again."
+        print(f"StorageError: {error.strerror or error}{place}. {mend}", file=sys.stderr)
+        return StorageError.exit_code
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130

@@ -25,7 +25,7 @@ from cromss_dist.schema import MODALITIES
 CONFIG = "configs/pretrain/demo.yaml"
 FULL_CONFIG = "configs/pretrain/resnet50_13b_middle.yaml"
 NUM_LOCATIONS = 48
-TRAIN_SAMPLES = 6000
+TRAIN_SAMPLES = 5000
 RAMP_SHARE = 0.4  # of the run
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cromss_dist.data.archive import open_archive
+from cromss_dist.data.convert import write_shards
+from cromss_dist.data.synthetic import SyntheticConfig, write_archive
 from cromss_dist.models.encoder import build_encoder, stage_channels
 from cromss_dist.schema import BANDS, NORMALISATION, Modality
 from cromss_dist.tracking.card import EncoderCard
@@ -78,3 +81,17 @@ def encoder_package(tmp_path_factory: pytest.TempPathFactory, make_card: MakeCar
     folder = tmp_path_factory.mktemp("packages") / "s2"
     write_package(folder, build_encoder("resnet18", 3, 13).state_dict(), make_card())
     return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve synthetic locations of 96 px, two of each kind of place. Read only."""
+    out = tmp_path_factory.mktemp("synthetic") / "archive"
+    write_archive(out, SyntheticConfig(num_locations=12, seed=1, size_px=96))
+    return out
+
+
+@pytest.fixture(scope="session")
+def synthetic_shards(synthetic_archive: Path) -> Path:
+    """The shards of `synthetic_archive`. Read only."""
+    return write_shards(open_archive(synthetic_archive), synthetic_archive.with_name("shards")).folder
