@@ -25,7 +25,7 @@ from cromss_dist.data.index import ShardIndex, open_shards
 from cromss_dist.data.order import split
 from cromss_dist.errors import ConfigError
 from cromss_dist.losses import CromssLoss
-from cromss_dist.models.encoder import stage_channels
+from cromss_dist.models.encoder import check_encoder_name, stage_channels
 from cromss_dist.models.two_branch import ParameterCounts, TwoBranchUNet
 from cromss_dist.parse import to_yaml, write_yaml
 from cromss_dist.schema import MODALITIES, Modality
@@ -33,12 +33,12 @@ from cromss_dist.tracking.card import EncoderCard
 from cromss_dist.tracking.package import write_package
 from cromss_dist.tracking.registry import Registry
 from cromss_dist.tracking.runs import RunTracker, flatten
-from cromss_dist.train.engine import Engine
+from cromss_dist.train.engine import Engine, resolve_precision
 from cromss_dist.train.loop import Pretraining, Validation
 from cromss_dist.train.record import Record
 from cromss_dist.train.schedule import Timeline
 from cromss_dist.train.watch import watching
-from cromss_dist.world import World, join
+from cromss_dist.world import World, choose_device, join
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
@@ -81,9 +81,11 @@ class Preflight:
         Raises:
             ShardError: the shards are missing or damaged.
             BatchError: the batch does not divide over the ranks.
-            ConfigError: the crop is larger than a patch.
+            ConfigError: the crop is larger than a patch; the device, its precision or the encoder does not exist.
         """
         plan = plan_batches(config.engine, world_size)
+        resolve_precision(config.engine.precision, choose_device(config.engine.device))
+        check_encoder_name(config.model.encoder)
         index = open_shards(Path(config.data.shards))
         if config.data.crop_px > index.patch_px:
             raise ConfigError(

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,12 +60,17 @@ def run_on_ray(config: RunConfig, run_dir: Path) -> RunSummary:
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
             run_config=RayRunConfig(name="ray", storage_path=str(run_dir), failure_config=FailureConfig(max_failures=0)),
         )
+        handler = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit()
+        except SystemExit as stop:  # Ray's own handler of Ctrl-C aborts the workers and exits
+            raise KeyboardInterrupt from stop
         except Exception as error:
             raise _error_of_worker(run_dir) or TrainingError(
                 f"A worker failed without a message of its own: {str(error).strip().splitlines()[-1]} Ray's logs are in {logs}."
             ) from error
+        finally:
+            signal.signal(signal.SIGINT, handler)
     return RunSummary(**json.loads((run_dir / SUMMARY_FILE).read_text()))
 
 

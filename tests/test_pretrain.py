@@ -1,0 +1,58 @@
+"""What surrounds a run: its folder, dry run, and how the validation is scored."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cromss_dist.config import RunConfig
+from cromss_dist.errors import ConfigError
+from cromss_dist.parse import parse_run
+from cromss_dist.pretrain import Preflight, git_revision, model_name, new_run_dir, tracking_uri_of
+from cromss_dist.schema import S2_9
+
+
+def test_runs_of_one_second_get_their_own_folders_with_the_resolved_config(tmp_path: Path) -> None:
+    config = replace(RunConfig(), output=str(tmp_path), name="twice")
+    folders = {new_run_dir(config) for _ in range(3)}
+    assert len(folders) == 3
+    for folder in folders:
+        assert parse_run([f"--config={folder / 'config.yaml'}"]).config == config
+
+
+def test_relative_paths_become_absolute_for_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig().with_absolute_paths()
+    assert config.data.shards == str(tmp_path / "shards")
+    assert tracking_uri_of(config) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
+def test_the_split_is_by_location_and_every_run_of_a_seed_has_the_same(synthetic_shards: Path) -> None:
+    arguments = ["--data.shards", str(synthetic_shards), "--data.crop_px", "64", "--data.val_fraction", "0.25"]
+    first, again = (Preflight.of(parse_run(arguments).config, world_size=world) for world in (1, 2))
+    assert len(first.val_ids) == 3
+    assert sorted([*first.train_ids, *first.val_ids]) == list(range(12))
+    assert np.array_equal(first.val_ids, again.val_ids)
+    other = Preflight.of(parse_run([*arguments, "--seed", "7"]).config, world_size=1)
+    assert not np.array_equal(first.val_ids, other.val_ids)
+
+
+def test_the_crop_must_fit_the_patches(synthetic_shards: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.crop_px=256 is larger than the 96 px patches"):
+        Preflight.of(parse_run(["--data.shards", str(synthetic_shards)]).config, world_size=1)
+
+
+def test_band_subsets_set_the_width_of_the_encoders(synthetic_shards: Path) -> None:
+    arguments = ["--data.shards", str(synthetic_shards), "--data.crop_px", "64", "--data.s1_bands", "[VH]"]
+    model = Preflight.of(parse_run([*arguments, "--data.s2_bands", str(list(S2_9))]).config, world_size=1).build_model()
+    widths = {m: next(model.encoders[m].parameters()).shape[1] for m in ("s1", "s2")}
+    assert widths == {"s1": 1, "s2": 9}
+
+
+def test_encoders_are_named_after_backbone_and_modality() -> None:
+    assert model_name(RunConfig(), "s2") == "cromss-resnet50-s2"
+
+
+def test_the_revision_is_a_commit_or_says_that_it_is_not_known() -> None:
+    assert git_revision() == "unknown" or len(git_revision().removesuffix("+dirty")) == 40
