@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=TRAIN_SAMPLES, help="to train on (default %(default)s)")
     options = parser.parse_args()
     console, out = Console(), options.out
+    out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
     archive = options.archive

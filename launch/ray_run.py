@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cromss_dist import errors
 from cromss_dist.config import RunConfig
-from cromss_dist.errors import CromssError, TrainingError
+from cromss_dist.errors import ConfigError, CromssError, TrainingError
 from cromss_dist.pretrain import SUMMARY_FILE, RunSummary
 from cromss_dist.world import COLLECTIVE_TIMEOUT_S, choose_device
 from launch.worker import ERROR_FILE, quiet, work
@@ -28,8 +30,6 @@ def num_workers(config: RunConfig) -> int:
         return config.launch.workers
     if choose_device(config.engine.device).type == "cpu":
         return 1
-    import torch
-
     return torch.cuda.device_count()
 
 
@@ -46,6 +46,11 @@ def run_on_ray(config: RunConfig, run_dir: Path) -> RunSummary:
     """
     workers, cpus = num_workers(config), config.launch.cpus_per_worker
     on_gpu = choose_device(config.engine.device).type == "cuda"
+    if on_gpu and workers > torch.cuda.device_count():  # Ray would wait for ever
+        raise ConfigError(
+            f"launch.workers={workers} needs a GPU each, and this machine has {torch.cuda.device_count()}; "
+            "set launch.workers to at most that, or engine.device to cpu."
+        )
     with _cluster(workers * cpus) as logs:
         from ray.train import FailureConfig, ScalingConfig
         from ray.train import RunConfig as RayRunConfig

@@ -221,8 +221,9 @@ class Pretraining:
     def _panels(
         self, batch: Batch, example: Example, logits: Mapping[Modality, Tensor], progress_epochs: float
     ) -> list[PanelSample]:
-        """Rows of the prediction panel, one season of each location; a collective call where the loss is global."""
+        """Rows of the prediction panel, one season a location if there are enough; a collective call where the loss is global."""
         seasons = self.config.data.val_seasons
+        one_season_each = len(self.val_ids) >= self.config.train.panel_samples
         places = np.searchsorted(self.val_ids, batch.sample_ids.numpy())
         out = self.loss(logits["s1"], logits["s2"], example.label, None, progress_epochs, example.weights)
         predictions = {m: of_modality.argmax(1) for m, of_modality in logits.items()}
@@ -244,5 +245,5 @@ class Pretraining:
                 reference=None if example.reference is None else array(example.reference, i).astype(np.uint8),
             )
             for i, key in enumerate(batch.keys)
-            if batch.weights[i] > 0 and batch.seasons[i] == seasons[places[i] % len(seasons)]
+            if batch.weights[i] > 0 and (not one_season_each or batch.seasons[i] == seasons[places[i] % len(seasons)])
         ]
