@@ -1,5 +1,5 @@
 # Every target sets itself up in .venv from requirements.lock.
-PYTHON ?= python3.11
+PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -16,7 +16,7 @@ help:
 	@echo "make clean               removes demo/ (not .venv)"
 
 $(READY): requirements.lock pyproject.toml
-	@echo "Installing the locked environment into $(VENV) (about 2.5 GB; minutes) ..."
+	@echo "Installing the locked environment into $(VENV) (2.5 GB, more with CUDA; some minutes) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

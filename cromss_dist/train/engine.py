@@ -23,7 +23,7 @@ class StepResult:
     """What one backward pass left behind."""
 
     stepped: bool  # whether the optimiser moved: at the end of an accumulation
-    grad_norm: float | None  # global norm before clipping, where the engine computes it
+    grad_norm: Tensor | float | None  # global norm before clipping, where the engine computes it; not yet synced
 
 
 def resolve_precision(wish: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
@@ -97,8 +97,7 @@ class Engine:
         self._engine.backward(loss)
         stepped = bool(self._engine.is_gradient_accumulation_boundary())
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(stepped, None if norm is None else float(norm))
+        return StepResult(stepped, self._engine.get_global_grad_norm() if stepped else None)
 
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode of the networks."""

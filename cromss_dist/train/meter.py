@@ -21,7 +21,7 @@ class Meter:
     def restart(self) -> None:
         """Forgets everything and starts the clock."""
         self._sums: dict[str, Tensor] = {}
-        self._grad_norms: list[float] = []
+        self._grad_norms: list[Tensor | float] = []
         self._started = time.perf_counter()
         self._wait_s = 0.0
         self.num_batches = 0
@@ -34,7 +34,7 @@ class Meter:
         """Marks its end."""
         self._wait_s += time.perf_counter() - self._wait_started
 
-    def add(self, parts: Mapping[str, Tensor], grad_norm: float | None) -> None:
+    def add(self, parts: Mapping[str, Tensor], grad_norm: Tensor | float | None) -> None:
         """Takes one micro batch: detached scalars by name, and the norm of the gradient where a step was taken."""
         for name, value in parts.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -59,7 +59,7 @@ class Meter:
             for name, v in zip(names, means, strict=True)
         }
         if self._grad_norms:
-            values["train/grad_norm"] = sum(self._grad_norms) / len(self._grad_norms)
+            values["train/grad_norm"] = sum(map(float, self._grad_norms)) / len(self._grad_norms)
         values["perf/samples_per_s"] = self.num_batches * samples_per_batch * world.size / seconds
         values["perf/data_wait_s"] = float(wait) / world.size / self.num_batches
         return values
