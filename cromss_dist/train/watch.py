@@ -63,7 +63,7 @@ class _Viewer:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._total = 1
-        self._printed_share = 0.0
+        self._lines_printed = 0
         self._task: TaskID | None = None
         self._bar = Progress(
             TextColumn("  {task.description}"),
@@ -98,10 +98,12 @@ class _Viewer:
         figures = f"loss {metrics['train/loss/total']:.3f}  {metrics['perf/samples_per_s']:.1f}/s"
         if self._task is not None:
             self._bar.update(self._task, completed=event["samples"], figures=figures)
-        share = event["samples"] / self._total
-        if not self.console.is_terminal and share >= self._printed_share + 1 / LINES_OFF_TERMINAL:
-            self._printed_share = share
-            self.console.print(f"  training {share:4.0%}  {event['samples']} samples  {figures}", highlight=False)
+        line = event["samples"] * LINES_OFF_TERMINAL // self._total
+        if not self.console.is_terminal and line > self._lines_printed:
+            self._lines_printed = line
+            self.console.print(
+                f"  training {event['samples'] / self._total:4.0%}  {event['samples']} samples  {figures}", highlight=False
+            )
 
     def _on_validation(self, event: dict[str, Any]) -> None:
         metrics = event["metrics"]
