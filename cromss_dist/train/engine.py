@@ -77,7 +77,7 @@ class Engine:
         # Of the images alone, and so of all activations; DeepSpeed views weights as flat bytes, so they stay contiguous.
         self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
         self.optimizer = torch.optim.Adam(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
-        self.device = world.device
+        self._world = world
         self._zero_stage = engine.zero_stage
         deepspeed = _import_deepspeed(world.device)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
@@ -102,6 +102,20 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode of the networks."""
         self._engine.train(mode)
+
+    def average_running_statistics(self) -> None:
+        """Makes the running means and variances of batch norms the same on all ranks: their averages; a collective call.
+
+        Each rank normalises by its own micro batch, so each has seen other pixels. Without this, the ranks would
+        validate different networks and rank 0's would be saved. Training steps do not use these numbers.
+        """
+        buffers = [buffer for buffer in self._engine.module.buffers() if buffer.is_floating_point()]
+        if not buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        mean = self._world.reduce_sum(flat) / self._world.size
+        for buffer, part in zip(buffers, torch.split(mean, [buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     @property
     def lr(self) -> float:

@@ -177,6 +177,7 @@ class Pretraining:
         panels: list[PanelSample] = []
         # Counted, not measured by what was found: the loss below is a collective call.
         num_panel_batches = math.ceil(self.config.train.panel_samples * len(data.val_seasons) / self.plan.micro_batch)
+        self.engine.average_running_statistics()
         self.engine.train(False)
         loader = EvalLoader(
             self.index,

@@ -18,7 +18,7 @@ from cromss_dist.config import BatchPlan, EngineConfig, LossConfig, TrainConfig,
 from cromss_dist.errors import ConfigError
 from cromss_dist.losses import CromssLoss
 from cromss_dist.train.engine import Engine, deepspeed_config, resolve_precision
-from cromss_dist.world import join
+from cromss_dist.world import World, join
 
 STEPS, BATCH, CROP = 3, 8, 16
 TRAIN = TrainConfig(lr=1e-2, weight_decay=1e-3)
@@ -36,6 +36,14 @@ class TwoHeads(nn.Module):
 
     def forward(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
         return self.s1(s1), self.s2(s2)
+
+
+class WithNorm(TwoHeads):
+    """The same and a batch norm beside it, which the forward pass does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, affine=False)
 
 
 def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -91,7 +99,7 @@ def test_two_ranks_of_any_zero_stage_make_the_steps_of_plain_torch_on_the_whole_
     weights, losses = plain_torch()
     result = run_ranks(tmp_path, 2, str(zero_stage), "1", "fp32")
     torch.testing.assert_close(result.pop("losses"), torch.tensor(losses), rtol=1e-5, atol=1e-6)
-    assert result.keys() - {"stepped"} == weights.keys()
+    assert weights.keys() <= result.keys()
     for key, value in weights.items():
         # Adam divides by the size of a gradient, so rounding in a tiny one moves a weight by a share of lr = 1e-2.
         torch.testing.assert_close(result[key], value, rtol=0, atol=2e-5)
@@ -130,6 +138,21 @@ def test_auto_precision_on_a_cpu_is_fp32_and_fp16_is_refused() -> None:
         resolve_precision("fp16", cpu)
 
 
+def test_running_statistics_are_the_same_on_all_ranks_after_averaging(tmp_path: Path) -> None:
+    result = run_ranks(tmp_path, 2, "0", "1", "fp32")
+    own, averaged = result["own_means"], result["averaged_means"]
+    assert (own[0] - own[1]).abs().min() > 0.05, "each rank saw other pixels"
+    torch.testing.assert_close(averaged, own.mean(0).expand(2, 3))
+
+
+def running_means(norm: nn.BatchNorm2d, world: World) -> Tensor:
+    """float32 (world, 3): every rank's running means."""
+    assert norm.running_mean is not None
+    gathered = [torch.empty(3) for _ in range(world.size)]
+    dist.all_gather(gathered, norm.running_mean)
+    return torch.stack(gathered)
+
+
 def main(folder: Path, zero_stage: int, accumulation: int, precision: str) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
@@ -142,7 +165,8 @@ def main(folder: Path, zero_stage: int, accumulation: int, precision: str) -> No
         precision=precision,  # type: ignore[arg-type]
     )
     plan: BatchPlan = plan_batches(config, world.size)
-    engine = Engine(TwoHeads(), config, TRAIN, plan, world)
+    model = WithNorm()
+    engine = Engine(model, config, TRAIN, plan, world)
     loss = CromssLoss(LossConfig(prior="none"), reduce_sum=world.reduce_sum, world_size=world.size)
     losses, stepped = [], []
     for batch in batches():
@@ -152,9 +176,15 @@ def main(folder: Path, zero_stage: int, accumulation: int, precision: str) -> No
             result = engine.backward(out.total)
             losses.append(float(out.total.detach()))
             stepped.append(int(result.stepped))
-    weights = engine.state_dict()
+    with torch.no_grad():
+        model.norm.train()(torch.rand(4, 3, 5, 5) + world.rank)
+    own = running_means(model.norm, world)
+    engine.average_running_statistics()
+    checks = {"own_means": own, "averaged_means": running_means(model.norm, world)}
+    weights = {key: value for key, value in engine.state_dict().items() if not key.startswith("norm.")}
     if world.is_main:
-        save_file({**weights, "losses": torch.tensor(losses), "stepped": torch.tensor(stepped)}, folder / "result.safetensors")
+        checks |= {"losses": torch.tensor(losses), "stepped": torch.tensor(stepped)}
+        save_file(weights | checks, folder / "result.safetensors")
     world.barrier()
     engine.close()
 
