@@ -92,7 +92,10 @@ def test_files_have_the_size_type_and_grid_of_the_real_archive(small: Path) -> N
                 with rasterio.open(small / folder / key / scene / f"{name}.tif") as tif:
                     assert (tif.shape, tif.dtypes) == ((48, 48), ("uint8",))
         for path in (small / "s1" / key).iterdir():
-            assert json.loads((path / "metadata.json").read_text())["system:index"] == path.name
+            metadata = json.loads((path / "metadata.json").read_text())
+            assert metadata["system:index"] == path.name
+            corners_lat = [lat for _, lat in metadata["system:footprint"]["coordinates"]]
+            assert (max(corners_lat) - min(corners_lat)) * 111_320 == pytest.approx(48 * 10, abs=0.01)
             for band in ("VV", "VH"):
                 with rasterio.open(path / f"{band}.tif") as tif:
                     assert (tif.shape, tif.dtypes) == ((48, 48), ("float32",))
@@ -168,6 +171,18 @@ def test_cloud_errors_lie_in_cloudy_scenes_and_border_errors_near_borders(locati
 
 def _count(location: Location):  # type: ignore[no-untyped-def]
     return count(location.truth, location.label, location.kind, location.cloud)
+
+
+@pytest.mark.parametrize("noise", ["default", "image-only"])
+def test_the_truth_is_the_most_frequent_label_of_each_class(locations: list[Location], noise: str) -> None:
+    made = locations
+    if noise != "default":
+        config = SyntheticConfig(seed=3, size_px=96, noise=noise)  # type: ignore[arg-type]
+        made = [synthesise(config, one.index) for one in locations]
+    pairs = np.zeros((9, 9), np.int64)
+    for one in made:
+        np.add.at(pairs, (one.truth.ravel(), one.label.ravel()), 1)
+    assert pairs.argmax(axis=1).tolist() == list(range(9))
 
 
 def test_controls_are_what_they_say() -> None:
@@ -272,6 +287,7 @@ def test_distance_and_agreement_counts_match_a_hand_made_patch() -> None:
     [
         ({"size_px": 100}, "multiple of 6"),
         ({"size_px": 42}, "at least 48"),
+        ({"size_px": 1206}, "at most 1200"),
         ({"num_locations": 0}, "num_locations=0"),
         ({"seed": -1}, "seed=-1"),
         ({"noise": "much"}, "image-only"),
@@ -283,7 +299,7 @@ def test_a_wrong_parameter_says_what_is_allowed(change: dict[str, object], says:
         replace(SMALL, **change)  # type: ignore[arg-type]
 
 
-def test_no_output_is_replaced_unless_asked_and_its_own(tmp_path: Path) -> None:
+def test_no_output_is_replaced_unless_asked_and_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "archive"
     config = replace(SMALL, num_locations=1)
     write_archive(out, config)
@@ -299,6 +315,9 @@ def test_no_output_is_replaced_unless_asked_and_its_own(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="left alone"):
         write_archive(mine, config, overwrite=True)
     assert (mine / "thesis.txt").exists()
+    monkeypatch.chdir(out)
+    write_archive(Path("."), config, overwrite=True)
+    assert digests(out) == before
     assert sorted(os.listdir(tmp_path)) == ["archive", "mine"]
 
 

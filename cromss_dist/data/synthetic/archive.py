@@ -2,11 +2,14 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial, reduce
@@ -17,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import rasterio
 from rasterio import Affine
 from rasterio.crs import CRS
+from rasterio.io import MemoryFile
 from rasterio.warp import transform as reproject
 
 from cromss_dist.data.synthetic.location import Location, synthesise
@@ -31,7 +34,8 @@ from cromss_dist.errors import ConfigError, OutputExistsError
 from cromss_dist.schema import NUM_SEASONS, S1_BANDS
 
 GENERATOR = "cromss_dist.data.synthetic"  # marks report.json, and so a folder that may be replaced
-_GROUND_SCALE = 10.0  # m a pixel
+_PIXEL_M = 10.0
+_DEGREES_LAT = _PIXEL_M / 111_320  # latitude of a pixel
 
 
 def write_archive(
@@ -58,9 +62,11 @@ def write_archive(
         The figures that report.json holds.
 
     Raises:
-        ConfigError: workers is below 1.
+        ConfigError: workers is below 1, or one of them was killed.
         OutputExistsError: `out` exists; with `overwrite`, if it is not a synthetic archive.
+        OSError: the disk or the folder does not take a file.
     """
+    out = Path(os.path.abspath(out))
     if workers < 1:
         raise ConfigError(f"workers={workers} is not allowed; give 1 or more processes.")
     _check_output(out, overwrite)
@@ -68,11 +74,12 @@ def write_archive(
     with _replacing(out) as partial_out:
         rows: list[list[str]] = []
         counts: list[Counts] = []
-        for scenes, counted in _write_all(partial_out, config, workers):
-            rows.append([str(len(rows)), *scenes])
-            counts.append(counted)
-            if progress is not None:
-                progress(len(rows))
+        with closing(_write_all(partial_out, config, workers)) as written:  # no worker may write once the folder is removed
+            for scenes, counted in written:
+                rows.append([str(len(rows)), *scenes])
+                counts.append(counted)
+                if progress is not None:
+                    progress(len(rows))
         report = make_report(len(rows), reduce(add, counts))
         with (partial_out / "dw_complete_ids.csv").open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([["ids", *(f"sub{n + 1}" for n in range(NUM_SEASONS))], *rows])
@@ -111,20 +118,37 @@ def _replacing(out: Path) -> Iterator[Path]:
         try:
             fresh.rename(out)
         except OSError as error:
+            if old.exists():
+                with suppress(OSError):
+                    old.rename(out)
             raise OutputExistsError(f"{out} appeared while it was being written; choose another folder and run again.") from error
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _write_all(out: Path, config: SyntheticConfig, workers: int) -> Iterator[tuple[tuple[str, ...], Counts]]:
+def _write_all(out: Path, config: SyntheticConfig, workers: int) -> Generator[tuple[tuple[str, ...], Counts]]:
     write = partial(_write_location, out, config)
     if workers == 1:
         yield from map(write, range(config.num_locations))
         return
     # spawn: no threads or locks of the parent, the same on every platform.
     with ProcessPoolExecutor(min(workers, config.num_locations), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(write, range(config.num_locations))
+        try:
+            # Ctrl-C reaches the whole process group: workers inherit it blocked, and this process alone stops them.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                written = pool.map(write, range(config.num_locations))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            yield from written
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                f"One of the {workers} worker processes was killed, most likely for lack of memory; give fewer workers or a "
+                "smaller size_px."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _write_location(out: Path, config: SyntheticConfig, index: int) -> tuple[tuple[str, ...], Counts]:
@@ -160,18 +184,20 @@ def _grid(site: Site, size_px: int) -> tuple[CRS, Affine]:
     if site.utm:
         (east,), (north,) = reproject(CRS.from_epsg(4326), crs, [site.lon], [site.lat])
         # Sentinel-2 tiles start on multiples of 60 m, so that all three grids share a corner.
-        left, upper = (round((value + sign * half * _GROUND_SCALE) / 60) * 60 for value, sign in ((east, -1), (north, 1)))
-        return crs, Affine(_GROUND_SCALE, 0, left, 0, -_GROUND_SCALE, upper)
-    degrees_lat = _GROUND_SCALE / 111_320
-    degrees_lon = degrees_lat / float(np.cos(np.radians(site.lat)))
-    return crs, Affine(degrees_lon, 0, site.lon - half * degrees_lon, 0, -degrees_lat, site.lat + half * degrees_lat)
+        left, upper = (round((value + sign * half * _PIXEL_M) / 60) * 60 for value, sign in ((east, -1), (north, 1)))
+        return crs, Affine(_PIXEL_M, 0, left, 0, -_PIXEL_M, upper)
+    degrees_lon = _DEGREES_LAT / float(np.cos(np.radians(site.lat)))
+    return crs, Affine(degrees_lon, 0, site.lon - half * degrees_lon, 0, -_DEGREES_LAT, site.lat + half * _DEGREES_LAT)
 
 
 def _write_tif(path: Path, values: npt.NDArray[np.generic], crs: CRS, transform: Affine) -> None:
     height, width = values.shape
     profile = {"driver": "GTiff", "count": 1, "width": width, "height": height, "dtype": values.dtype.name}
-    with rasterio.open(path, "w", crs=crs, transform=transform, **profile) as file:
-        file.write(values, 1)
+    # Through memory: GDAL drops what a full disk refuses when it closes a file, Python raises.
+    with MemoryFile() as memory:
+        with memory.open(crs=crs, transform=transform, **profile) as file:
+            file.write(values, 1)
+        path.write_bytes(memory.read())
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -182,13 +208,13 @@ def _milliseconds(time: datetime) -> int:
     return int(time.timestamp()) * 1000
 
 
-def _footprint(site: Site) -> dict[str, Any]:
-    side = 0.0119  # degrees of latitude, half a patch of 264 px
-    wide = side / float(np.cos(np.radians(site.lat)))
+def _footprint(site: Site, size_px: int) -> dict[str, Any]:
+    half_lat = size_px / 2 * _DEGREES_LAT
+    half_lon = half_lat / float(np.cos(np.radians(site.lat)))
     corners = ((-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1))
     return {
         "type": "LinearRing",
-        "coordinates": [[round(site.lon + wide * x, 8), round(site.lat + side * y, 8)] for x, y in corners],
+        "coordinates": [[round(site.lon + half_lon * x, 8), round(site.lat + half_lat * y, 8)] for x, y in corners],
     }
 
 
@@ -198,7 +224,7 @@ def _s1_metadata(location: Location, season: int) -> dict[str, Any]:
         "system:id": f"COPERNICUS/S1_GRD/{scene}",
         "system:index": scene,
         "system:time_start": _milliseconds(site.s1_times[season]),
-        "system:footprint": _footprint(site),
+        "system:footprint": _footprint(site, location.truth.shape[-1]),
         "instrumentMode": "IW",
         "platform_number": scene[2],
         "productType": "GRD",
@@ -215,7 +241,7 @@ def _s2_metadata(location: Location, season: int) -> dict[str, Any]:
         "system:id": f"COPERNICUS/S2/{scene}",
         "system:index": scene,
         "system:time_start": _milliseconds(site.s2_times[season]),
-        "system:footprint": _footprint(site),
+        "system:footprint": _footprint(site, location.truth.shape[-1]),
         "CLOUDY_PIXEL_PERCENTAGE": round(float((location.cloud[season] > 0.4).mean()) * 100, 4),
         "MEAN_SOLAR_AZIMUTH_ANGLE": round(azimuth % 360, 6),
         "MEAN_SOLAR_ZENITH_ANGLE": round(90 - elevation, 6),

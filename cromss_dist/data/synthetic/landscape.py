@@ -253,5 +253,6 @@ def _wetland(land: Landscape) -> None:
     land.paint(zone & creek & ~beach, WATER)
     if rng.random() < 0.6:
         _river(land, rng.uniform(2, 6), None)
+        land.bed &= rank > sea  # the river ends in the sea, which has no bars of its own
     land.shore_depth[land.cover == WATER] = -1
     _village(land, 2, 18, (rank > sea + marsh) & (land.cover != WATER))

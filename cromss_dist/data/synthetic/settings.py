@@ -34,7 +34,7 @@ class SyntheticConfig:
     Args:
         num_locations: Locations to write; location i is the same whatever this is.
         seed: Seed of all streams.
-        size_px: Side of a patch, px at 10 m; a multiple of 6, at least 48.
+        size_px: Side of a patch, px at 10 m; a multiple of 6, 48 to 1200.
         cloudy_share: Share of the Sentinel-2 scenes with clouds.
         looks: Independent looks of the radar's speckle.
         s1_shift_px: Largest shift of Sentinel-1 against Sentinel-2 along each axis, px.
@@ -77,10 +77,10 @@ class SyntheticConfig:
         )
         _require(0 <= self.seed < 2**64, "seed", self.seed, "give an integer from 0 to 2**64 - 1")
         _require(
-            self.size_px >= 48 and self.size_px % 6 == 0,
+            48 <= self.size_px <= 1200 and self.size_px % 6 == 0,
             "size_px",
             self.size_px,
-            "give a multiple of 6 (60 m bands have size_px / 6 pixels) of at least 48, such as 48, 96 or 264",
+            "give a multiple of 6 (60 m bands have size_px / 6 pixels) of at least 48 and at most 1200, such as 48, 96 or 264",
         )
         _require(1 <= self.looks <= 32, "looks", self.looks, "give 1 to 32")
         _require(0 <= self.s1_shift_px <= 8, "s1_shift_px", self.s1_shift_px, "give 0 to 8 px")

@@ -1,0 +1,79 @@
+"""What the tools leave behind when they are interrupted or the disk refuses a file: nothing."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SYNTH = ("synth.py", "out", "--locations", "500", "--size_px", "96")
+SHARD = ("shard.py", "archive", "out", "--shard_size_mib", "0.5")
+
+
+def start(folder: Path, tool: str, *arguments: str, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    """The tool as a shell would start it: in a process group of its own, here with `folder` as working directory."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, REPOSITORY / "tools" / tool, *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=before,
+    )
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, synthetic_archive: Path) -> Path:
+    """A folder with a space in its name that holds `archive`."""
+    folder = tmp_path / "work place"
+    folder.mkdir()
+    (folder / "archive").symlink_to(synthetic_archive)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "sign"),
+    [((*SYNTH, "--workers", "1"), "label.tif"), ((*SYNTH, "--workers", "2"), "label.tif"), (SHARD, "*.tar")],
+    ids=["synth, one process", "synth, two workers", "shard"],
+)
+def test_ctrl_c_leaves_neither_files_nor_processes(workplace: Path, command: tuple[str, ...], sign: str) -> None:
+    process = start(workplace, *command)
+    while not any(workplace.glob(f".out.*/**/{sign}")):  # until it is at work
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert (process.returncode, error) == (130, "Interrupted.\n")
+    assert os.listdir(workplace) == ["archive"]
+    deadline = time.monotonic() + 30
+    while _running(process.pid) and time.monotonic() < deadline:  # helpers end a moment after the tool
+        time.sleep(0.05)
+    assert _running(process.pid) == []
+
+
+def _running(group: int) -> list[str]:
+    """Command lines of the processes of a group that are no zombies."""
+    found = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in found if line.split()[0] == str(group) and not line.split()[1].startswith("Z")]
+
+
+@pytest.mark.parametrize(
+    "command", [(*SYNTH, "--workers", "1"), (*SYNTH, "--workers", "2"), SHARD], ids=["synth", "synth, two workers", "shard"]
+)
+def test_a_disk_that_refuses_a_file_is_an_error_and_leaves_nothing(workplace: Path, command: tuple[str, ...]) -> None:
+    # A limit on the size of files is refused where a full disk is: when the bytes are written.
+    process = start(workplace, *command, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 3
+    assert error.startswith("StorageError: File too large")
+    assert error.count("\n") == 1
+    assert os.listdir(workplace) == ["archive"]
