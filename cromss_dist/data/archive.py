@@ -50,7 +50,7 @@ OFFSET_BASELINE = 4.0
 OFFSET_DN = 1000
 MAX_METADATA_BYTES = 2**20
 
-_KEY = re.compile(r"\d{7}")
+_KEY = re.compile(r"[0-9]{7}")
 
 Uint8Array = npt.NDArray[np.uint8]
 

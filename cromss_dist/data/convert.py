@@ -68,9 +68,9 @@ def plan_shards(archive: Archive, shard_size_mib: float) -> list[tuple[str, tupl
     """Name and location keys of each shard: a pure function of what the archive lists, whatever turns out unreadable.
 
     Raises:
-        ConfigError: the shard size is not positive.
+        ConfigError: the shard size is not positive and finite.
     """
-    if not shard_size_mib > 0:
+    if not 0 < shard_size_mib < float("inf"):
         raise ConfigError(f"shard_size_mib={shard_size_mib} is not allowed; give a size above 0, 256 or 512 for large archives.")
     size = sample_bytes(array_specs(archive.patch_px, archive.value_arrays))
     per_shard = max(1, int(shard_size_mib * 2**20) // size)
@@ -123,7 +123,7 @@ def write_shards(
         read_manifest(staging)
         publish(staging, out)
     except BaseException:
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)  # must not hide the error that ended the work
         raise
     return Summary(
         folder=out,
@@ -146,6 +146,8 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise OutputExistsError(
             f"{out} is there already; choose another folder, or pass --overwrite to replace shards written earlier."
         )
+    if out.is_symlink():
+        raise OutputExistsError(f"{out} is a link and is not replaced; give the folder it points to, {out.resolve()}.")
     try:
         read_manifest(out)
     except ShardError as error:

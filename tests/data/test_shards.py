@@ -169,12 +169,28 @@ def test_an_output_that_is_there_is_kept_unless_it_is_ours_and_may_go(archive_ro
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"shard_size_mib": 0}, {"max_reject_fraction": 1.5}, {"max_reject_fraction": float("nan")}]
+    "arguments",
+    [
+        {"shard_size_mib": 0},
+        {"shard_size_mib": float("inf")},
+        {"max_reject_fraction": 1.5},
+        {"max_reject_fraction": float("nan")},
+    ],
 )
 def test_arguments_out_of_range_are_config_errors(archive_template: Path, tmp_path: Path, arguments: dict[str, float]) -> None:
     archive: Archive = open_archive(archive_template)
     with pytest.raises(ConfigError, match=next(iter(arguments))):
         write_shards(archive, tmp_path / "out", **arguments)  # type: ignore[arg-type]
+
+
+def test_a_link_to_shards_is_not_replaced_and_nothing_is_left(shards: Path, archive_template: Path) -> None:
+    link = shards.with_name("link")
+    link.symlink_to(shards)
+    before = contents(shards)
+    with pytest.raises(OutputExistsError, match=f"is a link.*{shards}"):
+        write_shards(open_archive(archive_template), link, overwrite=True)
+    assert contents(shards) == before
+    assert sorted(os.listdir(shards.parent)) == ["link", "shards"]
 
 
 def test_verification_finds_any_flipped_byte_of_a_tar(shards: Path) -> None:
