@@ -14,7 +14,7 @@ from cromss_dist.errors import BandError, PackageError
 from cromss_dist.models.encoder import build_encoder, load_strictly, stage_channels, stage_features, to_smp, to_timm
 from cromss_dist.tracking.card import EncoderCard
 from cromss_dist.tracking.package import read_package
-from cromss_dist.tracking.registry import Registry
+from cromss_dist.tracking.registry import Registry, parse_ref
 
 
 class PretrainedEncoder(nn.Module):
@@ -123,6 +123,7 @@ def load_encoder(
     folder = Path(ref)
     # A folder is one only if it is there or written like a path: a registry reference may hold one slash.
     if not folder.is_dir() and not str(ref).startswith((".", "/", "~")):
+        parse_ref(str(ref))  # before the store is looked for: a mistyped folder is not a missing store
         registry = Registry(tracking_uri)
         entry = registry.resolve(str(ref))
         root = Path(cache or os.environ.get("CROMSS_CACHE") or Path.home() / ".cache" / "cromss")

@@ -127,7 +127,7 @@ def test_what_cannot_be_found_is_said_plainly(registered: str, tmp_path: Path) -
     with pytest.raises(PackageError, match="is not a folder"):
         load_encoder(tmp_path / "none")
     with pytest.raises(RegistryError, match="neither a package folder nor a reference"):
-        load_encoder("runs/a/encoders/s2", tracking_uri=registered)
+        load_encoder("runs/a/encoders/s2", tracking_uri=f"sqlite:///{tmp_path / 'none.db'}")
 
 
 def test_an_encoder_name_that_smp_lacks_is_refused(tmp_path: Path, encoder_package: Path) -> None:

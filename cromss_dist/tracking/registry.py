@@ -5,6 +5,7 @@ their two allowed names and checked by hash; MLflow's own model loading, which c
 """
 
 import builtins
+import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cromss_dist.errors import OutputExistsError, PackageError, RegistryError
 from cromss_dist.tracking.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
-from cromss_dist.tracking.package import card_sha256, check_package, place
+from cromss_dist.tracking.package import FILES, card_sha256, check_package, place
 from cromss_dist.tracking.store import connect, mlflow_errors, tracking_uri
 
 if TYPE_CHECKING:
@@ -131,11 +132,7 @@ class Registry:
             RegistryError: not a reference, or the model, alias or version is not in the registry; the message names
                 those that are.
         """
-        match = _REF.fullmatch(ref)
-        if match is None:
-            raise RegistryError(
-                f"{ref!r} is neither a package folder nor a reference to an encoder; write name@alias or name/version."
-            )
+        match = parse_ref(ref)
         every = self.list()
         versions = [entry for entry in every if entry.name == match["name"]]
         if not versions:
@@ -172,10 +169,10 @@ class Registry:
         Raises:
             RegistryError: as in `resolve`.
             PackageError: the stored package, or the one at `destination`, is not whole.
-            OutputExistsError: `destination` holds something else.
+            OutputExistsError: `destination` is there and is no package, or another one.
         """
         entry = self.resolve(ref)
-        if destination.exists():
+        if os.path.lexists(destination):
             return self._reuse(entry, destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
@@ -189,7 +186,14 @@ class Registry:
         return destination
 
     def _reuse(self, entry: RegisteredEncoder, destination: Path) -> Path:
-        digest = card_sha256(check_package(destination))
+        if not any((destination / name).exists() for name in FILES):
+            raise OutputExistsError(
+                f"{destination} is there already and is no encoder package; give a new folder for {entry.ref}."
+            )
+        try:
+            digest = card_sha256(check_package(destination))
+        except PackageError as error:
+            raise PackageError(f"{error} Remove {destination} first.") from None
         if digest != entry.tags.get(_CARD_TAG):
             raise OutputExistsError(
                 f"{destination} holds another encoder (card sha256 {digest}) than {entry.ref}; choose another folder."
@@ -207,7 +211,7 @@ class Registry:
         path = self._artifact_path(entry)
         with mlflow_errors(f"The files of {entry.ref} cannot be fetched from {self.uri}"):
             listed = {Path(file.path).name for file in self._client.list_artifacts(entry.run_id, path)}
-            if listed and listed != {CARD_FILE, WEIGHTS_FILE}:
+            if listed and listed != FILES:
                 raise PackageError(
                     f"{entry.ref} has files {sorted(listed)}; a package has exactly {CARD_FILE} and {WEIGHTS_FILE}. "
                     "Do not use it; register the encoder again."
@@ -253,6 +257,16 @@ class Registry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+
+
+def parse_ref(ref: str) -> re.Match[str]:
+    """The parts of a reference: `name`, and `alias` or `version`. Raises RegistryError if it is none."""
+    match = _REF.fullmatch(ref)
+    if match is None:
+        raise RegistryError(
+            f"{ref!r} is neither a package folder nor a reference to an encoder; write name@alias or name/version."
+        )
+    return match
 
 
 def _card_tags(card: EncoderCard) -> dict[str, str]:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from cromss_dist.errors import RegistryError
-from cromss_dist.tracking.store import artifact_root, connect, initialise_store, mlflow_errors, tracking_uri
+from cromss_dist.tracking.store import artifact_root, brief, connect, initialise_store, mlflow_errors, tracking_uri
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,7 +139,7 @@ class RunTracker:
                 del self._buffer[:_MAX_BATCH]
         except MlflowException as error:
             self._next_flush = time.monotonic() + _RETRY_S
-            _log.warning("%d metric points wait to be sent to %s: %s", len(self._buffer), self.uri, str(error).splitlines()[0])
+            _log.warning("%d metric points wait to be sent to %s: %s", len(self._buffer), self.uri, brief(error))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Stores parameters; nested mappings get dotted keys, lists become JSON."""

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cromss_dist.errors import RegistryError
+from cromss_dist.errors import RegistryError, StorageError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -74,6 +74,9 @@ def initialise_store(uri: str) -> None:
 
     MLflow itself creates tables without a lock: parallel first starts fail and can leave a half-built database. Here
     one process builds it under a lock, in a scratch file that takes its name when complete.
+
+    Raises:
+        StorageError: the folder or the disk does not take it.
     """
     path = sqlite_path(uri)
     if path is None or path.exists():
@@ -85,10 +88,17 @@ def initialise_store(uri: str) -> None:
             return
         _import_mlflow()
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+        from sqlalchemy.exc import OperationalError
 
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
             draft = Path(scratch) / path.name
-            store = SqlAlchemyStore(f"{_SQLITE}{draft}", str(path.parent / "artifacts"))  # type: ignore[no-untyped-call]
+            try:
+                store = SqlAlchemyStore(f"{_SQLITE}{draft}", str(path.parent / "artifacts"))  # type: ignore[no-untyped-call]
+            except OperationalError as error:
+                raise StorageError(
+                    f"No MLflow store can be created at {path}: {error.orig}. Check the disk's free space, or give another place "
+                    "with tracking.uri or CROMSS_TRACKING_URI."
+                ) from error
             store.engine.dispose()
             os.replace(draft, path)
 
@@ -117,7 +127,13 @@ def mlflow_errors(problem: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise RegistryError(f"{problem}: {str(error).splitlines()[0]}") from error
+        raise RegistryError(f"{problem}: {brief(error)}.") from error
+
+
+def brief(error: Exception) -> str:
+    """What an exception of MLflow says, in one line: a database's own words without the SQL around them."""
+    words = getattr(error.__cause__, "orig", None) or error
+    return str(words).splitlines()[0].rstrip(".")
 
 
 def _check_sqlite(path: Path) -> None:
@@ -146,3 +162,4 @@ def _import_mlflow() -> None:
         importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
     for name in ("alembic", "mlflow"):  # INFO lines of every schema migration
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what is raised anyway

@@ -99,6 +99,11 @@ def test_pulling_twice_keeps_the_folder_and_refuses_another(
     registry.register(other_package, NAME, run_id)
     with pytest.raises(OutputExistsError, match="holds another encoder"):
         registry.pull(f"{NAME}/2", folder)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("empty", "file"):
+        with pytest.raises(OutputExistsError, match="is no encoder package; give a new folder"):
+            registry.pull(f"{NAME}/2", tmp_path / name)
     (folder / CARD_FILE).unlink()
     with pytest.raises(PackageError, match="missing files"):
         registry.pull(f"{NAME}/1", folder)

@@ -7,8 +7,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
-from cromss_dist.errors import RegistryError
+from cromss_dist.errors import RegistryError, StorageError
 from cromss_dist.tracking.runs import RunTracker, flatten
 from cromss_dist.tracking.store import connect, sqlite_path, tracking_uri
 
@@ -132,6 +133,25 @@ def test_metrics_wait_while_the_store_is_away(
 def test_a_run_that_does_not_exist_cannot_be_resumed(store_uri: str) -> None:
     with pytest.raises(RegistryError, match=rf"Run '{'0' * 32}' cannot be started"):
         RunTracker(store_uri, "cromss", "r", run_id="0" * 32)
+
+
+def test_a_full_disk_is_told_without_sql_and_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.store.tracking import sqlalchemy_store
+
+    def refuse(*_: object) -> None:
+        raise OperationalError("CREATE TABLE runs", {}, sqlite3.OperationalError("database or disk is full"))
+
+    monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", refuse)
+    with pytest.raises(StorageError, match=rf"created at {tmp_path / 'mlflow.db'}: database or disk is full. Check"):
+        RunTracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "cromss", "r")
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_store_that_refuses_a_write_is_told_in_the_databases_words(store_uri: str) -> None:
+    with closing(sqlite3.connect(sqlite_path(store_uri) or "")) as database:
+        database.execute("CREATE TRIGGER full BEFORE INSERT ON runs BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    with pytest.raises(RegistryError, match=rf"Run 'r' cannot be started in {store_uri}: disk is full\.$"):
+        RunTracker(store_uri, "cromss", "r")
 
 
 def test_a_deleted_experiment_is_named(store_uri: str) -> None:
