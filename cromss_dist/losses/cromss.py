@@ -58,9 +58,10 @@ class _Weights:
 class CromssLoss:
     """L = L_s(S1) + L_s(S2) + lambda (L_c into S1 + L_c into S2), on selected pixels.
 
-    Computed in float32, whatever the logits' type and autocast; finite for logits up to 1e30 in size. With `reduce_sum`,
-    selection, Dice and every quotient see all ranks' pixels: `total` is the loss of the global batch, the same on every rank.
-    Its gradient is this rank's exact part times `world_size`, because gradient engines average over ranks.
+    Computed in float32, whatever the logits' type, under autocast too (it has no product of matrices); finite for logits up
+    to 1e30 in size. With `reduce_sum`, selection, Dice and every quotient see all ranks' pixels: `total` is the loss of the
+    global batch, the same on every rank. Its gradient is this rank's exact part times `world_size`, because gradient engines
+    average over ranks.
 
     Args:
         config: The loss section of the run; scope 'local' sets `reduce_sum` and `world_size` aside.
@@ -104,16 +105,15 @@ class CromssLoss:
         Returns:
             The loss; `total` carries the gradient.
         """
-        with torch.autocast(logits_s1.device.type, enabled=False):
-            branches = self._branches(logits_s1, logits_s2)
-            weights = self._uniform_weights(label, sample_weights)
-            if self.config.select:
-                weights = self._select(branches, label, weights, progress)
-            local = self._sums(branches, label, prior, weights)
-            # The value is the global sum, the gradient the local one: no collective in the backward pass.
-            sums = local + (self.reduce_sum(local.detach()) - local.detach())
-            total, parts = self._from_sums(sums)
-            total = total + (self.world_size - 1) * (total - total.detach())
+        branches = self._branches(logits_s1, logits_s2)
+        weights = self._uniform_weights(label, sample_weights)
+        if self.config.select:
+            weights = self._select(branches, label, weights, progress)
+        local = self._sums(branches, label, prior, weights)
+        # The value is the global sum, the gradient the local one: no collective in the backward pass.
+        sums = local + (self.reduce_sum(local.detach()) - local.detach())
+        total, parts = self._from_sums(sums)
+        total = total + (self.world_size - 1) * (total - total.detach())
         return LossOutput(
             total=total.float(),
             parts={name: part.detach().float() for name, part in parts.items()},
@@ -136,9 +136,8 @@ class CromssLoss:
         Returns:
             float64 (2 * (6 + 3 C),), without gradient.
         """
-        with torch.autocast(logits_s1.device.type, enabled=False):
-            branches = self._branches(logits_s1, logits_s2)
-            return self._sums(branches, label, None, self._uniform_weights(label, sample_weights)).flatten()
+        branches = self._branches(logits_s1, logits_s2)
+        return self._sums(branches, label, None, self._uniform_weights(label, sample_weights)).flatten()
 
     def validation_loss(self, sums: Tensor) -> dict[str, Tensor]:
         """The validation loss from the sums over the whole set, however it was cut into batches and ranks.

@@ -90,6 +90,13 @@ def test_rows_and_columns_may_differ_in_length() -> None:
     torch.testing.assert_close(part, label_prior(labels[:, :, :, :60], seasons)[:, :, 10:30, 5:55], rtol=0, atol=3e-7)
 
 
+def test_autocast_does_not_coarsen_the_prior() -> None:
+    labels, seasons = draw(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        prior = label_prior(labels, seasons)
+    assert torch.equal(prior, label_prior(labels, seasons))
+
+
 def test_seasons_only_matter_to_the_spatial_prior() -> None:
     labels, seasons = draw(32)
     other = (seasons + 1) % 4
