@@ -5,6 +5,8 @@ paragraph without a traceback (`main_guard`) and exit with `exit_code`. Codes 0-
 64 and above follow sysexits.h where a meaning is close.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import ClassVar
@@ -104,13 +106,16 @@ def main_guard(main: Callable[[], int | None]) -> int:
     """Runs a command's `main`, turning a CromssError or an OSError into one paragraph on stderr and its exit code.
 
     Returns:
-        The process exit code: 0, the error's code, or 130 after Ctrl-C.
+        The process exit code: 0, the error's code, 130 after Ctrl-C, or 141 where the reader of a pipe went away.
     """
     try:
         return main() or 0
     except CromssError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `| head` has read enough; without this the exit flushes into the pipe again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         mend = "Check the disk's free space and the folder's permissions, and run it again."

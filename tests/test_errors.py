@@ -2,6 +2,8 @@
 
 import errno
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,15 @@ def test_success_interruption_and_bugs() -> None:
     assert main_guard(interrupted) == 130
     with pytest.raises(AssertionError):
         main_guard(broken)
+
+
+def test_a_reader_that_went_away_ends_the_command_silently() -> None:
+    code = "import sys; from cromss_dist.errors import main_guard; sys.exit(main_guard(lambda: print('x' * 10**6)))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 def test_a_folder_in_the_way_is_a_storage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
