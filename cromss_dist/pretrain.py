@@ -4,6 +4,7 @@ Layer 4.
 """
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from cromss_dist import __version__
 from cromss_dist.config import BatchPlan, RunConfig, plan_batches
 from cromss_dist.data.index import ShardIndex, open_shards
 from cromss_dist.data.order import split
-from cromss_dist.errors import ConfigError
+from cromss_dist.errors import ConfigError, OutputExistsError
 from cromss_dist.losses import CromssLoss
 from cromss_dist.models.encoder import check_encoder_name, stage_channels
 from cromss_dist.models.two_branch import ParameterCounts, TwoBranchUNet
@@ -139,7 +140,7 @@ def new_run_dir(config: RunConfig) -> Path:
             continue
         write_yaml(config, run_dir / CONFIG_FILE)
         return run_dir
-    raise ConfigError(f"{run_dir} and 99 like it exist; set name or output to something else.")
+    raise OutputExistsError(f"{run_dir} and 99 like it exist; set name or output to something else.")
 
 
 def tracking_uri_of(config: RunConfig) -> str:
@@ -203,8 +204,14 @@ def run_in_process(config: RunConfig, console: Console) -> RunSummary:
     """Runs a pretraining with this process as its only worker, and shows its progress.
 
     Raises:
+        ConfigError: more workers are asked for, by the config or by a launcher that started several processes.
         CromssError: see errors.py.
     """
+    if config.launch.workers not in (None, 1) or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"One process cannot be launch.workers={config.launch.workers} (WORLD_SIZE={os.environ.get('WORLD_SIZE', 'unset')}); "
+            "set launch.workers to 1 and unset WORLD_SIZE, or start the run with launch/local.py."
+        )
     config = config.with_absolute_paths()
     Preflight.of(config, world_size=1)
     run_dir = new_run_dir(config)
@@ -240,7 +247,7 @@ def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path
             tracker.log_dataset(Path(config.data.shards).name, index.digest, config.data.shards)
             record.event("stage", text=f"run folder {run_dir}")
             record.event("stage", text=f"{world.size} x {world.device.type}, {engine.precision}, run {tracker.run_id}")
-            record.event("start", total_samples=preflight.timeline.total_samples)
+            record.event("start", total_samples=preflight.timeline.total_samples, run_id=tracker.run_id)
             yield record
         finally:
             record.close()

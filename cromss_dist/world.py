@@ -4,7 +4,6 @@ Layer 1.
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -39,25 +38,6 @@ class World:
         total = values.detach().clone()
         dist.all_reduce(total)
         return total
-
-    def broadcast(self, values: Tensor) -> Tensor:
-        """Rank 0's `values`, on every rank."""
-        if self.size == 1:
-            return values
-        shared = values.detach().clone()
-        dist.broadcast(shared, 0)
-        return shared
-
-    def barrier(self) -> None:
-        """Waits for every rank."""
-        if self.size > 1:
-            dist.barrier()
-
-    def main_first(self, work: Callable[[], None]) -> None:
-        """Runs `work` on rank 0 while the others wait."""
-        if self.is_main:
-            work()
-        self.barrier()
 
 
 def choose_device(wish: Literal["auto", "cpu", "cuda"]) -> torch.device:

@@ -204,11 +204,15 @@ class Pretraining:
                 if number < num_panel_batches:
                     panels += self._panels(batch, example, logits, self.timeline.epochs(samples))
         self.engine.train(True)
-        if sums is None:
-            raise TrainingError("No held-out sample was read; the validation split is empty.")
-        losses = self.loss.validation_loss(self.world.reduce_sum(sums))
+        assert sums is not None, "a loader without a batch refuses to be made"
+        losses = {name: float(value) for name, value in self.loss.validation_loss(self.world.reduce_sum(sums)).items()}
+        if not math.isfinite(losses["total"]):
+            raise TrainingError(
+                f"The validation loss is {losses['total']} at step {step}; a smaller train.lr, engine.grad_clip or "
+                "engine.precision=fp32 may help."
+            )
         validation = Validation(
-            {name: float(value) for name, value in losses.items()},
+            losses,
             {m: matrix.scores(self.world.reduce_sum) for m, matrix in matrices.items()},
             {m: matrix.scores(self.world.reduce_sum) for m, matrix in reference_matrices.items()} if has_reference else None,
         )

@@ -185,7 +185,7 @@ def main(folder: Path, zero_stage: int, accumulation: int, precision: str) -> No
     if world.is_main:
         checks |= {"losses": torch.tensor(losses), "stepped": torch.tensor(stepped)}
         save_file(weights | checks, folder / "result.safetensors")
-    world.barrier()
+    dist.barrier()
     engine.close()
 
 
