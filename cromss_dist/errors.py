@@ -35,6 +35,13 @@ class StorageError(CromssError):
 
     exit_code = 3
 
+    @classmethod
+    def of(cls, error: OSError) -> "StorageError":
+        """The system's error, with its file and what to do."""
+        place = f" ({error.filename})" if error.filename else ""
+        mend = "Check the disk's free space and the folder's permissions, and run it again."
+        return cls(f"{error.strerror or error}{place}. {mend}")
+
 
 class OutputExistsError(CromssError):
     """The output is there already, or another process is writing it."""
@@ -117,10 +124,9 @@ def main_guard(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        mend = "Check the disk's free space and the folder's permissions, and run it again."
-        print(f"StorageError: {error.strerror or error}{place}. {mend}", file=sys.stderr)
-        return StorageError.exit_code
+        told = StorageError.of(error)
+        print(f"StorageError: {told}", file=sys.stderr)
+        return told.exit_code
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130

@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cromss_dist import __version__
 from cromss_dist.config import BatchPlan, RunConfig, plan_batches
 from cromss_dist.data.index import ShardIndex, open_shards
 from cromss_dist.data.order import split
-from cromss_dist.errors import ConfigError, OutputExistsError
+from cromss_dist.errors import ConfigError, OutputExistsError, StorageError
 from cromss_dist.losses import CromssLoss
 from cromss_dist.models.encoder import check_encoder_name, stage_channels
 from cromss_dist.models.two_branch import ParameterCounts, TwoBranchUNet
@@ -177,7 +178,7 @@ def pretrain(config: RunConfig, run_dir: Path) -> RunSummary | None:
             first, last = trainer.run(record)
             record.event("stage", text="writing encoder packages")
             weights = engine.state_dict()
-            save_file(weights, run_dir / WEIGHTS_FILE)
+            _save_weights(weights, run_dir / WEIGHTS_FILE)
             packages = {m: _write_package(m, model, weights, preflight, last, run_dir, record) for m in MODALITIES}
             registered = _register(packages, config, record) if config.tracking.register else {}
             record.tracker.flush()
@@ -251,6 +252,13 @@ def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path
             yield record
         finally:
             record.close()
+
+
+def _save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(weights, path)
+    except SafetensorError as error:  # is no OSError, whatever the system said
+        raise StorageError(f"{path} cannot be written: {error}. Check the disk's free space and run it again.") from error
 
 
 def _write_package(

@@ -5,14 +5,18 @@ this process instead, with the same numbers.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from rich.console import Console
 
 from cromss_dist.config import RunConfig
-from cromss_dist.errors import main_guard
+from cromss_dist.errors import RegistryError, main_guard
 from cromss_dist.parse import parse_run
-from cromss_dist.pretrain import Preflight, RunSummary, new_run_dir, report, run_in_process
-from cromss_dist.train.watch import watching
+from cromss_dist.pretrain import Preflight, RunSummary, new_run_dir, report, run_in_process, tracking_uri_of
+from cromss_dist.tracking.runs import end_run
+from cromss_dist.train.watch import read_events, watching
 from launch.ray_run import num_workers, run_on_ray
 
 DESCRIPTION = """Pretrains a Sentinel-1 and a Sentinel-2 encoder with CromSS on this machine. YAML files state differences
@@ -31,8 +35,21 @@ def run(config: RunConfig, console: Console) -> RunSummary:
     config = config.with_absolute_paths()
     Preflight.of(config, num_workers(config))
     run_dir = new_run_dir(config)
-    with watching(run_dir, console):
+    with watching(run_dir, console), ending_the_run(run_dir, tracking_uri_of(config)):
         return run_on_ray(config, run_dir)
+
+
+@contextmanager
+def ending_the_run(run_dir: Path, uri: str) -> Iterator[None]:
+    """Ends the MLflow run of workers that were stopped before they could: KILLED after Ctrl-C, FAILED after an error."""
+    try:
+        yield
+    except BaseException as error:
+        run_id = next((event["run_id"] for event in read_events(run_dir) if event["event"] == "start"), None)
+        if run_id is not None:
+            with suppress(RegistryError):  # must not hide the error that ended the run
+                end_run(uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
 
 
 def main() -> int:

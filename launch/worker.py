@@ -13,20 +13,21 @@ ERROR_FILE = "error-rank{rank}.json"
 
 
 def work(arguments: dict[str, Any]) -> None:
-    """One rank of a run; a CromssError goes to the run's folder, for the launcher to raise again.
+    """One rank of a run; an error that a user can mend goes to the run's folder, for the launcher to raise again.
 
     Args:
         arguments: `config`, the resolved config as a dictionary, and `run_dir`.
     """
-    from cromss_dist.errors import CromssError
+    from cromss_dist.errors import CromssError, StorageError
     from cromss_dist.parse import from_dict
     from cromss_dist.pretrain import pretrain
 
     run_dir = Path(arguments["run_dir"])
     try:
         pretrain(from_dict(arguments["config"]), run_dir)
-    except CromssError as error:
-        content = {"type": type(error).__name__, "message": str(error)}
+    except (CromssError, OSError) as error:
+        told = StorageError.of(error) if isinstance(error, OSError) else error
+        content = {"type": type(told).__name__, "message": str(told)}
         (run_dir / ERROR_FILE.format(rank=os.environ["RANK"])).write_text(json.dumps(content))
         raise
 

@@ -194,6 +194,21 @@ class RunTracker:
         return mlflow_errors(f"Artifact {path} of run {self.run_id} cannot be stored in {self.uri}")
 
 
+def end_run(uri: str, run_id: str, status: str) -> None:
+    """Ends a run from outside, for a process that cannot do so itself any more.
+
+    Args:
+        uri: Of the store.
+        run_id: The run.
+        status: 'KILLED' or 'FAILED'.
+
+    Raises:
+        RegistryError: the store cannot be reached or has no such run.
+    """
+    with mlflow_errors(f"Run {run_id} cannot be ended in {uri}"):
+        connect(uri).set_terminated(run_id, status=status)
+
+
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested mappings as one with dotted keys; values are text, other containers JSON."""
     flat: dict[str, str] = {}

@@ -41,6 +41,11 @@ def watching(run_dir: Path, console: Console) -> Iterator[None]:
         thread.join()
 
 
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """All events of a run so far; none if it has no file of events yet."""
+    return _Tail(run_dir / EVENTS_FILE).read()
+
+
 class _Tail:
     """New whole lines of a file that another process appends to; the file may not be there yet."""
 

@@ -21,6 +21,7 @@ from cromss_dist.errors import BandError
 from cromss_dist.parse import parse_run
 from cromss_dist.schema import NORMALISATION, S2_BANDS
 from cromss_dist.tracking.store import connect
+from cromss_dist.train.watch import read_events
 from tests.launch.conftest import ROOT, SMALL, Run, environment
 
 
@@ -40,8 +41,7 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 
 def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (run_dir / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
+    return [event for event in read_events(run_dir) if event["event"] == kind]
 
 
 def test_a_run_learns(finished: Path) -> None:
@@ -139,6 +139,9 @@ def test_ctrl_c_leaves_no_process_behind(synthetic_shards: Path, tmp_path: Path)
         assert process.returncode == 130, out + err
         assert "Traceback" not in out + err
         wait_for(lambda: not processes_of(mark), 30)
+        (events,) = tmp_path.glob("*/events.jsonl")
+        run_id = events_of(events.parent, "start")[0]["run_id"]
+        assert connect(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_id).info.status == "KILLED"
     finally:
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -194,4 +197,7 @@ def test_a_damaged_shard_ends_the_workers_with_its_own_error(synthetic_shards: P
     done = launch(tmp_path / "runs", "--data.shards", str(shards))
     assert done.returncode == 15, done.stderr
     assert "do not match their CRC-32C" in done.stderr
+    (events,) = (tmp_path / "runs").glob("*/events.jsonl")
+    run_id = events_of(events.parent, "start")[0]["run_id"]
+    assert connect(f"sqlite:///{tmp_path}/runs/mlflow.db").get_run(run_id).info.status == "FAILED"
     assert "Traceback" not in done.stderr

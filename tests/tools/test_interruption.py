@@ -1,6 +1,7 @@
 """What the tools leave behind when they are interrupted or the disk refuses a file: nothing."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -50,10 +51,26 @@ def test_ctrl_c_leaves_neither_files_nor_processes(workplace: Path, command: tup
     while not any(workplace.glob(f".out.*/**/{sign}")):  # until it is at work
         assert process.poll() is None
         time.sleep(0.01)
+    interrupt(process)
+    assert os.listdir(workplace) == ["archive"]
+
+
+def test_workers_leave_ctrl_c_to_the_tool(workplace: Path) -> None:
+    process = start(workplace, *SYNTH, "--workers", "2")
+    while not any(workplace.glob(".out.*/**/label.tif")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = [line.split()[0] for line in _running(process.pid) if "spawn_main" in line]
+    blocked = [re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text()) for pid in workers]
+    interrupt(process)
+    assert [int(mask.group(1), 16) >> (signal.SIGINT - 1) & 1 for mask in blocked if mask] == [1, 1]
+
+
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C to the process group: one word, the shell's exit code, and no process that goes on."""
     os.killpg(process.pid, signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert (process.returncode, error) == (130, "Interrupted.\n")
-    assert os.listdir(workplace) == ["archive"]
     deadline = time.monotonic() + 30
     while _running(process.pid) and time.monotonic() < deadline:  # helpers end a moment after the tool
         time.sleep(0.05)
@@ -61,9 +78,9 @@ def test_ctrl_c_leaves_neither_files_nor_processes(workplace: Path, command: tup
 
 
 def _running(group: int) -> list[str]:
-    """Command lines of the processes of a group that are no zombies."""
-    found = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in found if line.split()[0] == str(group) and not line.split()[1].startswith("Z")]
+    """Number and command line of the processes of a group that are no zombies."""
+    found = subprocess.run(["ps", "-eo", "pid=,pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    return [line for line in found.splitlines() if line.split()[1] == str(group) and not line.split()[2].startswith("Z")]
 
 
 @pytest.mark.parametrize(
