@@ -79,7 +79,7 @@ def interrupt(process: subprocess.Popen[str]) -> None:
 
 def _running(group: int) -> list[str]:
     """Number and command line of the processes of a group that are no zombies."""
-    found = subprocess.run(["ps", "-eo", "pid=,pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(["ps", "-wweo", "pid=,pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
     return [line for line in found.splitlines() if line.split()[1] == str(group) and not line.split()[2].startswith("Z")]
 
 
