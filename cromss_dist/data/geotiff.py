@@ -4,6 +4,7 @@ Only GDAL's GTiff driver is opened, whatever the file says it is, and no neighbo
 is called .tif could otherwise read any file or URL.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import rasterio
+from rasterio._err import CPLE_BaseError
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.warp import transform
 from rasterio.windows import Window
@@ -59,7 +61,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Place:
-    """Coordinate reference system and centre (degrees) of a GeoTIFF; None where it does not say."""
+    """Coordinate reference system and centre (degrees) of a GeoTIFF; None where there is none."""
 
     crs: str | None
     lon: float | None
@@ -143,5 +145,9 @@ def read_place(root: Path, path: str) -> Place:
         left, bottom, right, top = dataset.bounds
         x, y = (left + right) / 2, (bottom + top) / 2
         if dataset.crs.to_epsg() != 4326:
-            (x,), (y,) = transform(dataset.crs, "EPSG:4326", [x], [y])
-        return Place(dataset.crs.to_string(), round(float(x), 6), round(float(y), 6))
+            try:
+                (x,), (y,) = transform(dataset.crs, "EPSG:4326", [x], [y])
+            except CPLE_BaseError:  # GDAL's own, which is no RasterioError: the point is not on Earth
+                x = y = math.nan
+        lon, lat = (round(float(degrees), 6) if math.isfinite(degrees) else None for degrees in (x, y))
+        return Place(dataset.crs.to_string(), lon, lat)

@@ -57,6 +57,13 @@ def test_place_and_crs_are_those_of_the_files(archive_root: Path) -> None:
     assert metadata["seasons"][0]["crs"] == "EPSG:4326"
 
 
+def test_a_place_off_the_earth_is_stored_as_none(archive_root: Path) -> None:
+    with rasterio.open(archive_root / "s2c" / KEYS[0] / S2_SCENES[0] / "B2.tif", "r+") as dataset:
+        dataset.transform, dataset.crs = rasterio.Affine(1e12, 0, 1e30, 0, -1e12, 1e30), "EPSG:32633"
+    metadata = open_archive(archive_root).read(KEYS[0]).metadata
+    assert (metadata["lon"], metadata["lat"], metadata["seasons"][0]["crs"]) == (None, None, "EPSG:32633")
+
+
 @pytest.mark.parametrize("form", ["header", "no header", "no csv", "shuffled scenes"])
 def test_the_csv_may_have_a_header_or_not_or_be_absent(archive_root: Path, form: str) -> None:
     expected = open_archive(archive_root).read("0000012").arrays["s1"]
