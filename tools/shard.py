@@ -65,12 +65,13 @@ def convert(options: argparse.Namespace, console: Console) -> Summary:
 
 def show(summary: Summary, console: Console) -> None:
     """Prints ledger, class shares and where the result is."""
-    ledger = Table("input locations", "count", title="Ledger: inputs = written + duplicate + rejected")
+    console.print("Ledger: inputs = written + duplicate + rejected")
+    ledger = Table("input locations", "count")
     for name, count in summary.ledger.items():
         ledger.add_row(name, str(count))
     console.print(ledger)
     counts = summary.class_counts.sum(axis=0)
-    shares = Table("noisy label", "share of pixels", title="Classes, all seasons")
+    shares = Table("noisy label", "share of pixels, all seasons")
     for name, count in zip((*CLASS_NAMES, "ignored"), counts, strict=True):
         shares.add_row(name, f"{100 * count / counts.sum():.2f} %")
     console.print(shares)

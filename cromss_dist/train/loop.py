@@ -113,7 +113,7 @@ class Pretraining:
                 samples += timeline.global_batch
                 if step % train.log_every_steps == 0 or step == timeline.total_steps:
                     self._log(meter, step, samples, record)
-                if step % timeline.validate_every_steps == 0 or step == timeline.total_steps:
+                if timeline.validates_after(step):
                     last = self.validate(step, record)
                     self.plateau.update(last.losses["total"])
                     meter.restart()

@@ -33,6 +33,11 @@ class Timeline:
 
         return cls(num_train, batch, steps(config.train.epochs), steps(config.train.validate_every_epochs))
 
+    def validates_after(self, step: int) -> bool:
+        """Whether a validation follows step 1 .. total_steps: at each interval and at the end, but not twice in a row there."""
+        left = self.total_steps - step
+        return left == 0 or (step % self.validate_every_steps == 0 and left >= self.validate_every_steps / 2)
+
     @property
     def total_samples(self) -> int:
         """Samples of the whole run."""

@@ -21,6 +21,15 @@ def test_a_run_is_as_many_samples_as_its_epochs_whatever_the_batch(num_train: in
     assert time.epochs(time.total_samples) * num_train == pytest.approx(time.total_samples)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "every", "expected"),
+    [(10.0, 2.0, [25, 50, 75, 100, 125]), (9.92, 3.2, [40, 80, 124]), (10.0, 3.2, [40, 80, 125]), (8.0, 3.2, [40, 80, 100])],
+)
+def test_the_end_is_validated_once(epochs: float, every: float, expected: list[int]) -> None:
+    time = timeline(epochs=epochs, validate_every_epochs=every)
+    assert [step for step in range(1, time.total_steps + 1) if time.validates_after(step)] == expected
+
+
 def test_the_rate_is_a_function_of_samples_and_not_of_the_batch() -> None:
     train = TrainConfig(epochs=10, schedule="cosine", warmup_epochs=1, lr=1.0)
     small, large = (timeline(batch=b, epochs=10.0) for b in (4, 8))
