@@ -70,12 +70,13 @@ def lr_factor(train: TrainConfig, timeline: Timeline, samples: int) -> float:
 
 
 class Plateau:
-    """Factor of the learning rate that falls when the validation loss stalls.
+    """Factor of the learning rate that falls when the validation loss stalls; 1 for ever where the schedule is another.
 
     torch's ReduceLROnPlateau, run on a stand-in optimiser whose rate is the factor, so that it combines with a warm-up.
     """
 
     def __init__(self, train: TrainConfig) -> None:
+        self._in_use = train.schedule == "plateau"
         self._factor = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         self._rule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self._factor, factor=train.plateau_factor, patience=train.plateau_patience, min_lr=train.min_lr / train.lr
@@ -83,7 +84,8 @@ class Plateau:
 
     def update(self, validation_loss: float) -> None:
         """Takes the loss of one validation."""
-        self._rule.step(validation_loss)
+        if self._in_use:
+            self._rule.step(validation_loss)
 
     @property
     def factor(self) -> float:

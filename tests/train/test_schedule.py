@@ -61,6 +61,13 @@ def test_plateau_cuts_after_more_than_patience_validations_without_a_better_loss
     assert not math.isnan(plateau.factor)
 
 
+def test_a_cosine_does_not_heed_the_validation_loss() -> None:
+    plateau = Plateau(TrainConfig(schedule="cosine", plateau_patience=0))
+    for _ in range(3):
+        plateau.update(1.0)
+    assert plateau.factor == 1
+
+
 def test_plateau_schedule_leaves_the_factor_at_one_after_the_warmup() -> None:
     train = TrainConfig(epochs=10, schedule="plateau", warmup_epochs=1)
     assert {lr_factor(train, timeline(epochs=10.0), samples) for samples in range(100, 1000, 8)} == {1.0}
