@@ -195,7 +195,7 @@ class EngineConfig:
         micro_batch: Samples of one forward pass on one rank; null derives it from the other two.
         accumulation_steps: Forward passes that one optimiser step adds up on each rank.
         precision: Arithmetic of the networks; losses are always float32. 'auto': bf16 on a GPU that has it, else
-            fp16 on a GPU, fp32 on a CPU.
+            fp16 on a GPU, fp32 on a CPU. fp16 needs ZeRO stage 0.
         zero_stage: DeepSpeed ZeRO stage, 0-3.
         grad_clip: Largest norm of the gradient, 0 = no clipping.
         device: 'auto' takes a GPU where torch finds one.

@@ -86,7 +86,7 @@ class Preflight:
             ConfigError: the crop is larger than a patch; the device, its precision or the encoder does not exist.
         """
         plan = plan_batches(config.engine, world_size)
-        resolve_precision(config.engine.precision, choose_device(config.engine.device))
+        resolve_precision(config.engine, choose_device(config.engine.device))
         check_encoder_name(config.model.encoder)
         index = open_shards(Path(config.data.shards))
         if config.data.crop_px > index.patch_px:

@@ -26,19 +26,26 @@ class StepResult:
     grad_norm: Tensor | float | None  # global norm before clipping, where the engine computes it; not yet synced
 
 
-def resolve_precision(wish: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
-    """The arithmetic that 'auto' means on a device.
+def resolve_precision(engine: EngineConfig, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """The arithmetic of a run on a device; says what 'auto' means there.
 
     Raises:
-        ConfigError: fp16 on a CPU, which has no kernels for it.
+        ConfigError: fp16 on a CPU, or with a ZeRO stage: DeepSpeed 0.19.8 skips a step whose gradient overflows without
+            lowering the scale, so every later step is skipped, too, and clips and reports scaled gradients.
     """
-    if wish == "fp16" and device.type == "cpu":
+    precision = engine.precision
+    if precision == "auto":
+        if device.type == "cpu":
+            return "fp32"
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "fp16" and device.type == "cpu":
         raise ConfigError("engine.precision='fp16' is not supported on a CPU; set engine.precision to auto, fp32 or bf16.")
-    if wish != "auto":
-        return wish
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if precision == "fp16" and engine.zero_stage > 0:
+        raise ConfigError(
+            f"engine.precision='fp16' does not work with engine.zero_stage={engine.zero_stage}, where the loss scale is never "
+            "lowered; set engine.zero_stage to 0, or engine.precision to bf16 or fp32."
+        )
+    return precision
 
 
 def deepspeed_config(engine: EngineConfig, plan: BatchPlan, precision: Literal["fp32", "bf16", "fp16"]) -> dict[str, Any]:
@@ -69,11 +76,11 @@ class Engine:
         world: This process among the others.
 
     Raises:
-        ConfigError: a precision that the device does not have.
+        ConfigError: see `resolve_precision`.
     """
 
     def __init__(self, model: nn.Module, engine: EngineConfig, train: TrainConfig, plan: BatchPlan, world: World) -> None:
-        self.precision = resolve_precision(engine.precision, world.device)
+        self.precision = resolve_precision(engine, world.device)
         # Of the images alone, and so of all activations; DeepSpeed views weights as flat bytes, so they stay contiguous.
         self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
         self.optimizer = torch.optim.Adam(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)

@@ -120,22 +120,32 @@ def test_bf16_follows_fp32_and_keeps_fp32_weights(tmp_path: Path) -> None:
 
 def test_the_dictionary_of_deepspeed_follows_the_config() -> None:
     engine = EngineConfig(global_batch=64, accumulation_steps=2, zero_stage=1, grad_clip=0.5)
-    content = deepspeed_config(engine, plan_batches(engine, 4), "fp16")
+    content = deepspeed_config(engine, plan_batches(engine, 4), "bf16")
     assert content["train_batch_size"] == 64
     assert content["train_micro_batch_size_per_gpu"] == 8
     assert content["gradient_accumulation_steps"] == 2
     assert content["zero_optimization"] == {"stage": 1}
     assert content["gradient_clipping"] == 0.5
-    assert content["torch_autocast"] == {"enabled": True, "dtype": "float16"}
+    assert content["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert "torch_autocast" not in deepspeed_config(engine, plan_batches(engine, 4), "fp32")
 
 
 def test_auto_precision_on_a_cpu_is_fp32_and_fp16_is_refused() -> None:
     cpu = torch.device("cpu")
-    assert resolve_precision("auto", cpu) == "fp32"
-    assert resolve_precision("bf16", cpu) == "bf16"
+    assert resolve_precision(EngineConfig(), cpu) == "fp32"
+    assert resolve_precision(EngineConfig(precision="bf16"), cpu) == "bf16"
     with pytest.raises(ConfigError, match=r"fp16.*not supported on a CPU"):
-        resolve_precision("fp16", cpu)
+        resolve_precision(EngineConfig(precision="fp16"), cpu)
+
+
+def test_auto_precision_on_a_gpu_is_bf16_only_where_it_is_not_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
+    assert resolve_precision(EngineConfig(), gpu) == "bf16"
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert resolve_precision(EngineConfig(), gpu) == "fp16"
+    with pytest.raises(ConfigError, match=r"fp16.*engine.zero_stage=1.*set engine.zero_stage to 0"):
+        resolve_precision(EngineConfig(zero_stage=1), gpu)
 
 
 def test_running_statistics_are_the_same_on_all_ranks_after_averaging(tmp_path: Path) -> None:
