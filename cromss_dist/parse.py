@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from cromss_dist.config import RunConfig
 from cromss_dist.errors import ConfigError
@@ -44,7 +44,7 @@ def parse_run(argv: Sequence[str] | None = None, prog: str | None = None, descri
     Raises:
         ConfigError: unknown key, wrong type or value, unreadable YAML.
     """
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
+    parser = _parser(prog, description)
     parser.add_argument(
         "--config", action="config", help="YAML that states differences from the defaults; may be given more than once."
     )
@@ -75,13 +75,18 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: as for `parse_run`.
     """
-    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    parser = _parser()
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
         init = parser.instantiate(parser.parse_object(values))
         return RunConfig(**{item.name: getattr(init, item.name) for item in fields(RunConfig)})
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_explain(str(error))) from error
+
+
+def _parser(prog: str | None = None, description: str | None = None) -> ArgumentParser:
+    set_parsing_settings(import_path_denylist=["*"])  # else a config's `class_path` imports any module before it is refused
+    return ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
 
 
 def _explain(message: str) -> str:

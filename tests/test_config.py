@@ -86,6 +86,16 @@ def test_a_yaml_tag_runs_no_code(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def test_a_config_imports_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marker = tmp_path / "marker"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Config: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a.yaml").write_text("data: {class_path: evil.Config}")
+    with pytest.raises(ConfigError, match="not allowed"):
+        parse_run([f"--config={tmp_path}/a.yaml"])
+    assert not marker.exists()
+
+
 def test_every_key_is_known() -> None:
     assert {"seed", "data.crop_px", "loss.ramp_epochs", "engine.zero_stage", "launch.workers"} <= set(known_keys())
 
