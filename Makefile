@@ -1,5 +1,5 @@
 # Every target sets itself up in .venv from requirements.lock.
-PYTHON ?= $(or $(shell command -v python3.11),python3)
+PYTHON ?= $(or $(shell command -v python3.11 2>/dev/null),python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -51,8 +51,8 @@ def choose_device(wish: Literal["auto", "cpu", "cuda"]) -> torch.device:
         raise ConfigError("engine.device='cuda', but torch finds no GPU here; set engine.device to auto or cpu.")
     if wish == "cpu" or not has_gpu:
         return torch.device("cpu")
-    # Ray shows each worker one GPU; torchrun shows all of them.
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    # Ray Train and torchrun alike show every worker all GPUs of the run; DeepSpeed takes this one, too.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def join(device: Literal["auto", "cpu", "cuda"]) -> World:

@@ -86,7 +86,7 @@ def _cluster(num_cpus: int) -> Iterator[Path]:
     Yields:
         The folder of its logs.
     """
-    with tempfile.TemporaryDirectory(prefix="cromss-ray-") as private:  # mode 0700; short, since Ray puts sockets in it
+    with tempfile.TemporaryDirectory(prefix="cromss-ray-") as private:  # mode 0700
         token = Path(private) / "token"
         with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
