@@ -306,7 +306,10 @@ class RunConfig:
     def with_absolute_paths(self) -> "RunConfig":
         """The same config with paths that hold in every worker, whatever its working directory."""
         data = replace(self.data, shards=str(Path(self.data.shards).absolute()))
-        return replace(self, data=data, output=str(Path(self.output).absolute()))
+        tracking, sqlite = self.tracking, "sqlite:///"
+        if tracking.uri is not None and tracking.uri.startswith(sqlite):
+            tracking = replace(tracking, uri=f"{sqlite}{Path(tracking.uri.removeprefix(sqlite)).absolute()}")
+        return replace(self, data=data, tracking=tracking, output=str(Path(self.output).absolute()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of JSON types."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cromss_dist.config import RunConfig
+from cromss_dist.config import RunConfig, TrackingConfig
 from cromss_dist.errors import ConfigError
 from cromss_dist.parse import parse_run
 from cromss_dist.pretrain import Preflight, git_revision, model_name, new_run_dir, tracking_uri_of
@@ -26,6 +26,13 @@ def test_relative_paths_become_absolute_for_workers(monkeypatch: pytest.MonkeyPa
     config = RunConfig().with_absolute_paths()
     assert config.data.shards == str(tmp_path / "shards")
     assert tracking_uri_of(config) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    for uri, absolute in (
+        ("sqlite:///my.db", f"sqlite:///{tmp_path}/my.db"),
+        ("sqlite:////srv/my.db", "sqlite:////srv/my.db"),
+        ("http://host:5000", "http://host:5000"),
+    ):
+        elsewhere = replace(RunConfig(), tracking=TrackingConfig(uri=uri)).with_absolute_paths()
+        assert tracking_uri_of(elsewhere) == absolute
 
 
 def test_the_split_is_by_location_and_every_run_of_a_seed_has_the_same(synthetic_shards: Path) -> None:
