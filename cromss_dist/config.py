@@ -226,7 +226,7 @@ class TrackingConfig:
     """Where the run is recorded and what its encoders are called.
 
     Args:
-        uri: MLflow tracking URI; null is `sqlite:///<output>/mlflow.db`.
+        uri: MLflow tracking URI, without a password, since the run records it; null is `sqlite:///<output>/mlflow.db`.
         experiment: MLflow experiment.
         model_prefix: Encoders are registered as `<model_prefix>-<encoder>-<modality>`.
         alias: Alias that the new versions get.
@@ -240,6 +240,13 @@ class TrackingConfig:
     alias: str = "candidate"
     register: bool = True
     licence: str = "Apache-2.0"
+
+    def __post_init__(self) -> None:
+        if self.uri is not None and re.search(r"://[^/]*:[^/]*@", self.uri):
+            raise ConfigError(  # without the value
+                "tracking.uri holds a password, which would be recorded with the run and its encoders; take it out and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD for PostgreSQL."
+            )
 
 
 @dataclass(frozen=True)

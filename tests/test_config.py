@@ -96,6 +96,13 @@ def test_a_config_imports_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not marker.exists()
 
 
+def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match=r"tracking.uri holds a password") as caught:
+        parse_run(["--tracking.uri", "postgresql://me:canary@host:5432/db"])
+    assert "canary" not in str(caught.value)
+    assert parse_run(["--tracking.uri", "http://host:5000"]).config.tracking.uri == "http://host:5000"
+
+
 def test_every_key_is_known() -> None:
     assert {"seed", "data.crop_px", "loss.ramp_epochs", "engine.zero_stage", "launch.workers"} <= set(known_keys())
 
