@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -290,13 +291,22 @@ def _write_package(
         run_id=record.tracker.run_id,
         git_revision=git_revision(),
         versions={"cromss_dist": __version__} | {name: version(name) for name in _VERSIONED},
-        recipe=flatten(config.to_dict()),
+        recipe=flatten(_recipe(config)),
         metrics={name: value for name, value in validation.metrics().items() if f"_{modality}" in name},
         licence=config.tracking.licence,
     )
     folder = run_dir / "encoders" / modality
     write_package(folder, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, card)
     return folder
+
+
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    """What of a config made the weights: no folders, no tracking, no processes."""
+    content = {
+        key: value for key, value in config.to_dict().items() if key in ("seed", "data", "model", "loss", "train", "engine")
+    }
+    del content["data"]["shards"]
+    return content
 
 
 def _register(packages: dict[Modality, Path], config: RunConfig, record: Record) -> dict[str, int]:
@@ -325,6 +335,7 @@ def git_revision() -> str:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # installed inside another checkout, its commit is not ours
         return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

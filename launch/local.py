@@ -33,8 +33,10 @@ def run(config: RunConfig, console: Console) -> RunSummary:
     if not config.launch.ray:
         return run_in_process(config, console)
     config = config.with_absolute_paths()
-    Preflight.of(config, num_workers(config))
+    workers = num_workers(config)
+    Preflight.of(config, workers)
     run_dir = new_run_dir(config)
+    console.print(f"  Ray starts {workers} worker{'s' if workers > 1 else ''} ...", highlight=False)
     with watching(run_dir, console), ending_the_run(run_dir, tracking_uri_of(config)):
         return run_on_ray(config, run_dir)
 

@@ -25,12 +25,21 @@ from launch.worker import ERROR_FILE, quiet, work
 
 
 def num_workers(config: RunConfig) -> int:
-    """Workers of a run on this machine: the config's number, else one a GPU, else one."""
-    if config.launch.workers is not None:
-        return config.launch.workers
+    """Workers of a run on this machine: the config's number, else one a GPU, else one.
+
+    Raises:
+        ConfigError: more workers than GPUs, for which Ray would wait for ever.
+    """
+    wish = config.launch.workers
     if choose_device(config.engine.device).type == "cpu":
-        return 1
-    return torch.cuda.device_count()
+        return wish or 1
+    num_gpus = torch.cuda.device_count()
+    if wish is not None and wish > num_gpus:
+        raise ConfigError(
+            f"launch.workers={wish} needs a GPU each, and this machine has {num_gpus}; set launch.workers to at most that, "
+            "or engine.device to cpu."
+        )
+    return wish or num_gpus
 
 
 def run_on_ray(config: RunConfig, run_dir: Path) -> RunSummary:
@@ -46,11 +55,6 @@ def run_on_ray(config: RunConfig, run_dir: Path) -> RunSummary:
     """
     workers, cpus = num_workers(config), config.launch.cpus_per_worker
     on_gpu = choose_device(config.engine.device).type == "cuda"
-    if on_gpu and workers > torch.cuda.device_count():  # Ray would wait for ever
-        raise ConfigError(
-            f"launch.workers={workers} needs a GPU each, and this machine has {torch.cuda.device_count()}; "
-            "set launch.workers to at most that, or engine.device to cpu."
-        )
     with _cluster(workers * cpus) as logs:
         from ray.train import FailureConfig, ScalingConfig
         from ray.train import RunConfig as RayRunConfig

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from cromss_dist import load_encoder
+from cromss_dist.config import EngineConfig, LaunchConfig, RunConfig
 from cromss_dist.data.index import open_shards
-from cromss_dist.errors import BandError
+from cromss_dist.errors import BandError, ConfigError
 from cromss_dist.parse import parse_run
 from cromss_dist.schema import NORMALISATION, S2_BANDS
 from cromss_dist.tracking.store import connect
 from cromss_dist.train.watch import read_events
+from launch.ray_run import num_workers
 from tests.launch.conftest import ROOT, SMALL, Run, environment
 
 
@@ -88,6 +90,8 @@ def test_both_encoders_are_registered_and_look_up_bit_equal(finished: Path) -> N
         assert encoder.card.normalisation == NORMALISATION[encoder.card.modality]
         assert encoder.card.run_id == summary["run_id"]
         assert encoder.card.metrics[f"val/miou_{modality}"] == summary["after"][f"val/miou_{modality}"]
+    assert not [value for value in encoder.card.recipe.values() if str(finished.parent) in value], "no folder of this machine"
+    assert encoder.card.recipe["loss.ramp_epochs"] == "5.0"
     with pytest.raises(BandError, match=r"takes 13 s2 bands, B1, B2"):
         load_encoder("cromss-resnet18-s2@candidate", bands=S2_BANDS[::-1], tracking_uri=summary["tracking_uri"])
 
@@ -103,6 +107,16 @@ def test_one_worker_gives_the_same_numbers_with_and_without_ray(launch: Run, tmp
         weights.append(load_file(summary.parent / "model.safetensors"))
     assert curves[0] == curves[1]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_more_workers_than_gpus_are_refused_and_none_given_means_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert num_workers(RunConfig()) == 2
+    assert num_workers(RunConfig(launch=LaunchConfig(workers=1))) == 1
+    with pytest.raises(ConfigError, match=r"launch.workers=3 needs a GPU each, and this machine has 2"):
+        num_workers(RunConfig(launch=LaunchConfig(workers=3)))
+    assert num_workers(RunConfig(launch=LaunchConfig(workers=3), engine=EngineConfig(device="cpu"))) == 3
 
 
 def processes_of(session: int) -> list[str]:
