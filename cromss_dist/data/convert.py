@@ -6,11 +6,8 @@ All work happens in a hidden folder beside the output, which a single rename pub
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from cromss_dist.data.shards import (
     write_shard,
     write_synced,
 )
+from cromss_dist.data.staging import replacing
 from cromss_dist.errors import (
     ConfigError,
     EmptyLabelError,
@@ -107,9 +105,7 @@ def write_shards(
         raise ConfigError(f"max_reject_fraction={max_reject_fraction} is not allowed; give a share in [0, 1].")
     check_output(out, overwrite)
     plan = plan_shards(archive, shard_size_mib)
-    staging = out.parent / f".{out.name}.{secrets.token_hex(8)}"
-    staging.mkdir()
-    try:
+    with replacing(out) as staging:
         ledger, statistics = _Ledger(archive, max_reject_fraction, progress), _Statistics()
         entries = []
         for name, keys in plan:
@@ -121,10 +117,6 @@ def write_shards(
         write_synced(staging / LEDGER, ledger.text)
         digest = write_manifest(staging, _manifest_content(archive, entries, ledger, statistics))
         read_manifest(staging)
-        publish(staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)  # must not hide the error that ended the work
-        raise
     return Summary(
         folder=out,
         num_samples=ledger.counts["written"],
@@ -152,38 +144,6 @@ def check_output(out: Path, overwrite: bool) -> None:
         read_manifest(out)
     except ShardError as error:
         raise OutputExistsError(f"{out} is not replaced, because it does not look like shards of ours: {error}") from error
-
-
-def publish(staging: Path, out: Path) -> None:
-    """Moves the finished folder to its name in one step; an earlier output is removed after that.
-
-    Raises:
-        OutputExistsError: another process has put something there meanwhile.
-    """
-    _sync_folder(staging)
-    replaced = staging.with_name(f"{staging.name}.replaced")
-    if out.exists():
-        out.rename(replaced)
-    try:
-        staging.rename(out)
-    except OSError as error:
-        if replaced.exists():
-            with suppress(OSError):
-                replaced.rename(out)
-        raise OutputExistsError(
-            f"{out} appeared while its content was being written ({error}); another process may write it."
-        ) from error
-    _sync_folder(out.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Ledger:

@@ -3,13 +3,11 @@
 import csv
 import json
 import os
-import shutil
 import signal
-import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial, reduce
@@ -25,6 +23,7 @@ from rasterio.crs import CRS
 from rasterio.io import MemoryFile
 from rasterio.warp import transform as reproject
 
+from cromss_dist.data.staging import replacing
 from cromss_dist.data.synthetic.location import Location, synthesise
 from cromss_dist.data.synthetic.readme import readme
 from cromss_dist.data.synthetic.report import Counts, Report, count, make_report
@@ -71,7 +70,7 @@ def write_archive(
         raise ConfigError(f"workers={workers} is not allowed; give 1 or more processes.")
     _check_output(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(out) as partial_out:
+    with replacing(out) as partial_out:
         rows: list[list[str]] = []
         counts: list[Counts] = []
         with closing(_write_all(partial_out, config, workers)) as written:  # no worker may write once the folder is removed
@@ -103,28 +102,6 @@ def _check_output(out: Path, overwrite: bool) -> None:
         raise OutputExistsError(
             f"{out} was not written by this generator (no report.json of its own), so it is left alone; choose another folder."
         )
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A fresh sibling of `out` that takes its place when the block ends well, and vanishes when it does not."""
-    token = uuid.uuid4().hex[:12]
-    fresh, old = out.with_name(f".{out.name}.{token}.partial"), out.with_name(f".{out.name}.{token}.old")
-    fresh.mkdir()
-    try:
-        yield fresh
-        if out.exists():
-            out.rename(old)
-        try:
-            fresh.rename(out)
-        except OSError as error:
-            if old.exists():
-                with suppress(OSError):
-                    old.rename(out)
-            raise OutputExistsError(f"{out} appeared while it was being written; choose another folder and run again.") from error
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _write_all(out: Path, config: SyntheticConfig, workers: int) -> Generator[tuple[tuple[str, ...], Counts]]:
