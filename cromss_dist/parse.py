@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from cromss_dist.config import RunConfig
 from cromss_dist.errors import ConfigError
@@ -52,9 +52,7 @@ def parse_run(argv: Sequence[str] | None = None, prog: str | None = None, descri
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
         namespace = parser.parse_args(None if argv is None else list(argv))
-        init = parser.instantiate(namespace)
-        values = {item.name: getattr(init, item.name) for item in fields(RunConfig)}
-        return ParsedRun(RunConfig(**values), bool(namespace.dry_run))
+        return ParsedRun(_run_config(parser, namespace), bool(namespace.dry_run))
     except (ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(_explain(str(error))) from error
 
@@ -78,8 +76,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     parser = _parser()
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
-        init = parser.instantiate(parser.parse_object(values))
-        return RunConfig(**{item.name: getattr(init, item.name) for item in fields(RunConfig)})
+        return _run_config(parser, parser.parse_object(values))
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_explain(str(error))) from error
 
@@ -87,6 +84,11 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
 def _parser(prog: str | None = None, description: str | None = None) -> ArgumentParser:
     set_parsing_settings(import_path_denylist=["*"])  # else a config's `class_path` imports any module before it is refused
     return ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
+
+
+def _run_config(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
+    init = parser.instantiate(namespace)
+    return RunConfig(**{item.name: getattr(init, item.name) for item in fields(RunConfig)})
 
 
 def _explain(message: str) -> str:

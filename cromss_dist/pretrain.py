@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -325,8 +326,9 @@ def model_name(config: RunConfig, modality: Modality) -> str:
     return f"{config.tracking.model_prefix}-{config.model.encoder}-{modality}"
 
 
+@cache
 def git_revision() -> str:
-    """Commit of the checkout this code runs from, with '+dirty' where it was changed; 'unknown' outside a checkout."""
+    """Commit of the checkout this process's code runs from, with '+dirty' where it was changed; 'unknown' outside a checkout."""
 
     def git(*arguments: str) -> str:
         here = Path(__file__).parent

@@ -135,27 +135,23 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = value
 
-    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """Weights and buffers below `prefix` on the CPU, whole on every rank (ZeRO-3 gathers); a collective call."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights and buffers on the CPU, whole on every rank (ZeRO-3 gathers); a collective call."""
         module: nn.Module = self._engine.module
         if self._zero_stage == 3:
             import deepspeed
 
             with deepspeed.zero.GatheredParameters(list(module.parameters())):
-                return _on_cpu(module, prefix)
-        return _on_cpu(module, prefix)
+                return _on_cpu(module)
+        return _on_cpu(module)
 
     def close(self) -> None:
         """Frees what DeepSpeed holds."""
         self._engine.destroy()
 
 
-def _on_cpu(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    return {
-        key.removeprefix(prefix): value.detach().to("cpu", copy=True).contiguous()
-        for key, value in module.state_dict().items()
-        if key.startswith(prefix)
-    }
+def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in module.state_dict().items()}
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -167,11 +163,10 @@ def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("LOCAL_RANK", "0")  # a run of one process has no launcher that sets it
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its import sets another level
     if device.type == "cpu":
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
     return deepspeed

@@ -148,11 +148,7 @@ class Pretraining:
 
     def _log(self, meter: Meter, step: int, samples: int, record: Record | None) -> None:
         values = meter.read(self.world, self.plan.micro_batch)
-        if not math.isfinite(values["train/loss/total"]):
-            raise TrainingError(
-                f"The training loss is {values['train/loss/total']} at step {step}; a smaller train.lr, "
-                "engine.grad_clip or engine.precision=fp32 may help."
-            )
+        _require_finite("training", values["train/loss/total"], step)
         self.samples_per_s = values["perf/samples_per_s"]
         values["train/lr"] = self.engine.lr
         values["train/epoch"] = self.timeline.epochs(samples)
@@ -196,21 +192,17 @@ class Pretraining:
                 logits = dict(zip(MODALITIES, self.engine.forward(example.s1, example.s2), strict=True))
                 part = self.loss.validation_sums(logits["s1"], logits["s2"], example.label, example.weights)
                 sums = part if sums is None else sums + part
-                for modality, of_modality in logits.items():
-                    prediction = of_modality.argmax(1)
+                predictions = {modality: of_modality.argmax(1) for modality, of_modality in logits.items()}
+                for modality, prediction in predictions.items():
                     matrices[modality].add(example.label, prediction, example.weights)
                     if example.reference is not None:
                         reference_matrices[modality].add(example.reference, prediction, example.weights)
                 if number < num_panel_batches:
-                    panels += self._panels(batch, example, logits, self.timeline.epochs(samples))
+                    panels += self._panels(batch, example, logits, predictions, self.timeline.epochs(samples))
         self.engine.train(True)
         assert sums is not None, "a loader without a batch refuses to be made"
         losses = {name: float(value) for name, value in self.loss.validation_loss(self.world.reduce_sum(sums)).items()}
-        if not math.isfinite(losses["total"]):
-            raise TrainingError(
-                f"The validation loss is {losses['total']} at step {step}; a smaller train.lr, engine.grad_clip or "
-                "engine.precision=fp32 may help."
-            )
+        _require_finite("validation", losses["total"], step)
         validation = Validation(
             losses,
             {m: matrix.scores(self.world.reduce_sum) for m, matrix in matrices.items()},
@@ -224,14 +216,18 @@ class Pretraining:
         return validation
 
     def _panels(
-        self, batch: Batch, example: Example, logits: Mapping[Modality, Tensor], progress_epochs: float
+        self,
+        batch: Batch,
+        example: Example,
+        logits: Mapping[Modality, Tensor],
+        predictions: Mapping[Modality, Tensor],
+        progress_epochs: float,
     ) -> list[PanelSample]:
         """Rows of the prediction panel, one season a location if there are enough; a collective call where the loss is global."""
         seasons = self.config.data.val_seasons
         one_season_each = len(self.val_ids) >= self.config.train.panel_samples
         places = np.searchsorted(self.val_ids, batch.sample_ids.numpy())
         out = self.loss(logits["s1"], logits["s2"], example.label, None, progress_epochs, example.weights)
-        predictions = {m: of_modality.argmax(1) for m, of_modality in logits.items()}
 
         def array(values: Tensor, sample: int) -> np.ndarray:
             return values[sample].float().cpu().numpy()
@@ -252,3 +248,10 @@ class Pretraining:
             for i, key in enumerate(batch.keys)
             if batch.weights[i] > 0 and (not one_season_each or batch.seasons[i] == seasons[places[i] % len(seasons)])
         ]
+
+
+def _require_finite(name: str, loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The {name} loss is {loss} at step {step}; a smaller train.lr, engine.grad_clip or engine.precision=fp32 may help."
+        )
