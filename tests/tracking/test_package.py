@@ -1,6 +1,5 @@
 import hashlib
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -13,19 +12,10 @@ import torch
 from cromss_dist.errors import OutputExistsError, PackageError
 from cromss_dist.tracking.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
 from cromss_dist.tracking.package import card_sha256, check_package, read_package, write_package
+from tests.tracking.payload import Payload
 
 MakeCard = Callable[..., EncoderCard]
 STATE = {"conv.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3), "norm.count": torch.tensor(7)}
-
-
-class Payload:
-    """Unpickled, it leaves a mark."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
-import os
 import pickle
 import shutil
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +14,9 @@ from cromss_dist.tracking.package import check_package, read_package, write_pack
 from cromss_dist.tracking.registry import RegisteredEncoder, Registry
 from cromss_dist.tracking.runs import RunTracker
 from cromss_dist.tracking.store import connect, sqlite_path
+from tests.tracking.payload import Payload
 
 NAME = "cromss-resnet18-s2"
-
-
-class Payload:
-    """Unpickled, it leaves a mark."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.fixture
