@@ -49,6 +49,12 @@ class OutputExistsError(CromssError):
     exit_code = 4
 
 
+class InputChangedError(CromssError):
+    """A file of the archive changed after the conversion was planned, or a resumed conversion has other inputs."""
+
+    exit_code = 5
+
+
 class ArchiveMissingError(CromssError):
     """The archive, or a folder it must have, is not on disk."""
 
