@@ -52,7 +52,7 @@ def convert(options: argparse.Namespace, console: Console) -> Summary:
     archive = open_archive(options.archive)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("Writing shards", total=archive.num_inputs)
+        task = progress.add_task("Writing shards", total=len(archive.keys) + archive.duplicates.total())
         return write_shards(
             archive,
             options.out,

@@ -5,20 +5,22 @@ Expected below the root: `s1/<id>/<scene>/{VV,VH}.tif`, `s2c/<id>/<scene>/{B1..B
 Synthetic archives add `reference_labels/<id>/<S2 scene>/label.tif` and `noise_kinds/<id>/<S2 scene>/kind.tif`.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from cromss_dist.data.geotiff import Rejected, gdal_environment, inside, read_header, read_place, read_raster
+from cromss_dist.data.geotiff import gdal_environment, inside, read_header, read_place, read_raster
+from cromss_dist.data.sample import NormalisedBy, Rejected, Sample, SampleSpec, Uint8Array, ValueSpec
 from cromss_dist.data.scenes import S1_SCENE, S2_SCENE, acquisition_time, read_scenes, scene_names
 from cromss_dist.errors import ArchiveEmptyError, ArchiveMissingError, UnreadableInputError
 from cromss_dist.schema import (
+    CLASS_NAMES,
     IGNORE,
     IMAGE_ARRAYS,
     KIND_ARRAY,
@@ -52,22 +54,6 @@ MAX_METADATA_BYTES = 2**20
 
 _KEY = re.compile(r"[0-9]{7}")
 
-Uint8Array = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A location: uint8 arrays at native resolution, season first, and where and when they were taken.
-
-    `arrays` holds the names of schema.IMAGE_ARRAYS, shape (4, band, H / scale, W / scale), and 'label' (and
-    'reference', 'kind' where the archive has them), shape (4, H, W). `notes` say what was mended on the way.
-    """
-
-    key: str
-    arrays: dict[str, Uint8Array]
-    metadata: dict[str, Any]
-    notes: tuple[str, ...]
-
 
 @dataclass(frozen=True)
 class Archive:
@@ -76,7 +62,7 @@ class Archive:
     Args:
         root: Resolved path.
         locations: Keys (7 digits), sorted, each once.
-        duplicates: Keys of csv lines that repeat an earlier one.
+        duplicates: How many csv lines repeat an earlier one, by key.
         conflicts: Keys that the csv names twice with different scenes.
         scenes: S2 scenes of a location as the csv names them; empty without a csv.
         unlabelled: Locations with images that have no label and are in no csv: no inputs, only counted.
@@ -88,7 +74,7 @@ class Archive:
 
     root: Path
     locations: tuple[str, ...]
-    duplicates: tuple[str, ...]
+    duplicates: Counter[str]
     conflicts: frozenset[str]
     scenes: dict[str, tuple[str, ...]]
     unlabelled: int
@@ -98,9 +84,44 @@ class Archive:
     value_arrays: tuple[str, ...]
 
     @property
-    def num_inputs(self) -> int:
-        """Lines the ledger will have."""
-        return len(self.locations) + len(self.duplicates)
+    def keys(self) -> tuple[str, ...]:
+        """The inputs."""
+        return self.locations
+
+    @property
+    def asides(self) -> dict[str, int]:
+        """What is there and no input."""
+        return {"unlabelled": self.unlabelled, "strays": self.strays}
+
+    @property
+    def spec(self) -> SampleSpec:
+        """What its samples have in common."""
+        kept: dict[bool, NormalisedBy] = {True: "archive", False: "converter"}
+        names = {LABEL_ARRAY: CLASS_NAMES, REFERENCE_ARRAY: CLASS_NAMES, KIND_ARRAY: NOISE_KINDS}
+        return SampleSpec(
+            patch_px=self.patch_px,
+            num_seasons=NUM_SEASONS,
+            images=IMAGE_ARRAYS,
+            values=tuple(ValueSpec(name, names[name]) for name in self.value_arrays),
+            normalisation=NORMALISATION,
+            normalised_by={modality: kept[stored] for modality, stored in self.stored_uint8.items()},
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over names, sizes and times of all files."""
+        return self._listing[0]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return self._listing[1]
+
+    @cached_property
+    def _listing(self) -> tuple[str, int]:
+        files = [(path, path.lstat()) for path in sorted(self.root.rglob("*"))]
+        told = [(str(path.relative_to(self.root)), stat.st_size, stat.st_mtime_ns) for path, stat in files]
+        return hashlib.sha256(repr(told).encode()).hexdigest(), sum(stat.st_size for _, stat in files)
 
     def read(self, key: str) -> Sample:
         """Reads one location.
@@ -282,7 +303,7 @@ def open_archive(root: str | Path) -> Archive:
     return Archive(
         root=path,
         locations=locations,
-        duplicates=tuple(duplicates),
+        duplicates=Counter(duplicates),
         conflicts=frozenset(conflicts),
         scenes=listed,
         unlabelled=len(with_images - set(locations)),

@@ -15,23 +15,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.archive import Archive, Sample
-from cromss_dist.data.geotiff import Rejected
+from cromss_dist.data.archive import Archive
+from cromss_dist.data.sample import Rejected, Sample
 from cromss_dist.data.shards import (
     FORMAT,
     LEDGER,
     SCHEMA_VERSION,
+    Checksums,
     ShardEntry,
-    array_specs,
-    normalisation_contracts,
     read_manifest,
     sample_bytes,
+    season_checksums,
     verify_shard,
     write_manifest,
     write_shard,
-    write_synced,
 )
-from cromss_dist.data.staging import replacing
+from cromss_dist.data.staging import replacing, write_atomically
 from cromss_dist.errors import (
     ConfigError,
     EmptyLabelError,
@@ -70,7 +69,7 @@ def plan_shards(archive: Archive, shard_size_mib: float) -> list[tuple[str, tupl
     """
     if not 0 < shard_size_mib < float("inf"):
         raise ConfigError(f"shard_size_mib={shard_size_mib} is not allowed; give a size above 0, 256 or 512 for large archives.")
-    size = sample_bytes(array_specs(archive.patch_px, archive.value_arrays))
+    size = sample_bytes(archive.spec)
     per_shard = max(1, int(shard_size_mib * 2**20) // size)
     keys = archive.locations
     return [(f"shard-{i:06d}.tar", keys[start : start + per_shard]) for i, start in enumerate(range(0, len(keys), per_shard))]
@@ -109,12 +108,12 @@ def write_shards(
         ledger, statistics = _Ledger(archive, max_reject_fraction, progress), _Statistics()
         entries = []
         for name, keys in plan:
-            if entry := write_shard(staging / name, _read_samples(archive, name, keys, ledger, statistics)):
+            if entry := write_shard(staging, name, _read_samples(archive, name, keys, ledger, statistics)):
                 verify_shard(staging, entry)
                 entries.append(entry)
         if not entries:
             raise ledger.too_many()
-        write_synced(staging / LEDGER, ledger.text)
+        write_atomically(staging / LEDGER, ledger.text)
         digest = write_manifest(staging, _manifest_content(archive, entries, ledger, statistics))
         read_manifest(staging)
     return Summary(
@@ -122,7 +121,11 @@ def write_shards(
         num_samples=ledger.counts["written"],
         num_shards=len(entries),
         size_bytes=sum(entry.size for entry in entries),
-        ledger={"inputs": archive.num_inputs, **ledger.counts, **{f"rejected.{r}": n for r, n in sorted(ledger.reasons.items())}},
+        ledger={
+            "inputs": _num_inputs(archive),
+            **ledger.counts,
+            **{f"rejected.{r}": n for r, n in sorted(ledger.reasons.items())},
+        },
         class_counts=statistics.class_counts,
         digest=digest,
     )
@@ -150,8 +153,8 @@ class _Ledger:
     """One line an input: written, rejected for a reason, or duplicate."""
 
     def __init__(self, archive: Archive, max_reject_fraction: float, progress: Callable[[str, str], None] | None) -> None:
-        self.num_inputs = archive.num_inputs
-        self.max_rejects = int(max_reject_fraction * archive.num_inputs)
+        self.num_inputs = _num_inputs(archive)
+        self.max_rejects = int(max_reject_fraction * _num_inputs(archive))
         self.progress = progress
         self.counts = Counter({"written": 0, "duplicate": 0, "rejected": 0})
         self.reasons: Counter[str] = Counter()
@@ -215,10 +218,14 @@ class _Statistics:
         return result
 
 
+def _num_inputs(archive: Archive) -> int:
+    return len(archive.keys) + archive.duplicates.total()
+
+
 def _read_samples(
     archive: Archive, shard: str, keys: tuple[str, ...], ledger: _Ledger, statistics: _Statistics
-) -> Iterator[Sample]:
-    repeated = Counter(archive.duplicates)
+) -> Iterator[tuple[Sample, Checksums]]:
+    repeated = archive.duplicates
     for key in keys:
         try:
             sample = archive.read(key)
@@ -228,26 +235,26 @@ def _read_samples(
             statistics.add(sample)
             ledger.add(key, "written", shard=shard, notes=list(sample.notes))
             ledger.notes.update(sample.notes)
-            yield sample
+            yield sample, season_checksums(sample)
         for _ in range(repeated[key]):
             ledger.add(key, "duplicate")
 
 
 def _manifest_content(archive: Archive, entries: list[ShardEntry], ledger: _Ledger, statistics: _Statistics) -> dict[str, Any]:
-    assert ledger.counts.total() == archive.num_inputs, f"{ledger.counts} do not add up to {archive.num_inputs} inputs"
+    assert ledger.counts.total() == _num_inputs(archive), f"{ledger.counts} do not add up to {_num_inputs(archive)} inputs"
     assert ledger.counts["written"] == sum(entry.samples for entry in entries)
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "patch_px": archive.patch_px,
         "num_samples": ledger.counts["written"],
-        "arrays": array_specs(archive.patch_px, archive.value_arrays),
-        "normalisation": normalisation_contracts(),
-        "normalised_by": {m: "archive" if kept else "shard writer" for m, kept in archive.stored_uint8.items()},
+        "arrays": archive.spec.arrays(),
+        "normalisation": archive.spec.contracts(),
+        "normalised_by": archive.spec.normalised_by,
         "band_statistics": {"units": "stored uint8, 0-255", **statistics.bands()},
         "class_counts": [dict(zip((*CLASS_NAMES, "ignored"), map(int, row), strict=True)) for row in statistics.class_counts],
         "ledger": {
-            "inputs": archive.num_inputs,
+            "inputs": _num_inputs(archive),
             **ledger.counts,
             "reasons": dict(sorted(ledger.reasons.items())),
             "notes": dict(sorted(ledger.notes.items())),

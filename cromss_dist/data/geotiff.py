@@ -20,25 +20,9 @@ from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.warp import transform
 from rasterio.windows import Window
 
-from cromss_dist.errors import RejectedInputsError
+from cromss_dist.data.sample import Rejected
 
 MAX_RASTER_BYTES = 16 * 2**20  # of pixels a header may declare; an archive band has 0.3 MB
-
-
-class Rejected(RejectedInputsError):  # noqa: N818 - an outcome that the converter counts, not only an error
-    """One input cannot be used.
-
-    Args:
-        reason: One word of the ledger's vocabulary, see docs/data-format.md.
-        path: The file or folder, relative to the archive.
-        detail: What was found and what was expected.
-    """
-
-    def __init__(self, reason: str, path: str, detail: str) -> None:
-        super().__init__(f"{path}: {reason}: {detail}")
-        self.reason = reason
-        self.path = path
-        self.detail = detail
 
 
 @dataclass(frozen=True)

@@ -8,38 +8,32 @@ unseen. Members come in a fixed order under fixed headers: equal samples give eq
 import hashlib
 import io
 import json
-import os
+import math
 import re
 import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import BinaryIO, TypeAlias
+from urllib.parse import quote
 
 import google_crc32c
 import numpy as np
 
-from cromss_dist.data.archive import Sample
+from cromss_dist.data.sample import Json, Sample, SampleSpec
+from cromss_dist.data.staging import atomic_file, write_atomically
 from cromss_dist.errors import ShardError
-from cromss_dist.schema import (
-    CLASS_NAMES,
-    IGNORE,
-    IMAGE_ARRAYS,
-    KIND_ARRAY,
-    LABEL_ARRAY,
-    NOISE_KINDS,
-    NORMALISATION,
-    NUM_SEASONS,
-    REFERENCE_ARRAY,
-)
+from cromss_dist.failpoint import failpoint
 
 FORMAT = "cromss-shards"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 LEDGER = "ledger.jsonl"
 BLOCK_BYTES = 512  # a tar pads headers and payloads to this
+MAX_MEMBER_KEY = 60  # bytes; a USTAR name has 100, and the array's name follows
 
-Json: TypeAlias = dict[str, Any]
+Checksums: TypeAlias = dict[str, tuple[int, ...]]
+"""CRC-32C of each season's pixels, by array."""
 
 
 @dataclass(frozen=True)
@@ -67,39 +61,14 @@ class ShardEntry:
     record_sha256: str
 
 
-def array_specs(patch_px: int, value_arrays: Iterable[str]) -> dict[str, Json]:
-    """Type, shape and meaning of each array of a dataset, in the order in which members are written."""
-    specs: dict[str, Json] = {}
-    for spec in IMAGE_ARRAYS:
-        side = patch_px // spec.scale
-        shape = [NUM_SEASONS, len(spec.bands), side, side]
-        specs[spec.name] = {
-            "dtype": "uint8",
-            "shape": shape,
-            "modality": spec.modality,
-            "bands": list(spec.bands),
-            "gsd_m": 10 * spec.scale,
-        }
-    names = {LABEL_ARRAY: CLASS_NAMES, REFERENCE_ARRAY: CLASS_NAMES, KIND_ARRAY: NOISE_KINDS}
-    for name in value_arrays:
-        shape = [NUM_SEASONS, patch_px, patch_px]
-        specs[name] = {"dtype": "uint8", "shape": shape, "values": list(names[name]), "ignore": IGNORE, "gsd_m": 10}
-    return specs
-
-
-def normalisation_contracts() -> dict[str, Json]:
-    """How the stored uint8 came from physical values, with the digest of each contract."""
-    return {modality: {**asdict(contract), "digest": contract.digest} for modality, contract in NORMALISATION.items()}
-
-
 def block_bytes(spec: Json) -> int:
     """Bytes of one season of an array."""
     return int(np.prod(spec["shape"][1:], dtype=np.int64)) * np.dtype(spec["dtype"]).itemsize
 
 
-def sample_bytes(specs: dict[str, Json]) -> int:
+def sample_bytes(spec: SampleSpec) -> int:
     """Bytes that one sample takes in a tar, to within the length of its metadata."""
-    payloads = [4096, *(_header_bytes(spec) + int(np.prod(spec["shape"])) for spec in specs.values())]
+    payloads = [4096, *(len(npy_header(spec.shape(name))) + math.prod(spec.shape(name)) for name in spec.names)]
     return sum(BLOCK_BYTES + -(-size // BLOCK_BYTES) * BLOCK_BYTES for size in payloads)
 
 
@@ -108,30 +77,71 @@ def canonical(content: Json) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> ShardEntry | None:
-    """Writes one tar and its commit record `<stem>.json`, both synced to disk.
+def member_key(key: str) -> str:
+    """The key as it begins the names of a tar's members: WebDataset takes what is before the first dot for the key.
+
+    Letters, digits, `_`, `-` and `~` stay, other bytes of the UTF-8 text become %XX; of a long one the first 25 characters
+    and a digest stay, so that names fit into a USTAR header. Different keys have different member keys.
+    """
+    quoted = quote(key, safe="", errors="surrogatepass").replace(".", "%2E")
+    if len(quoted) <= MAX_MEMBER_KEY:
+        return quoted
+    digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()[:32]
+    return f"{quoted[: MAX_MEMBER_KEY - 35]}%--{digest}"  # no quoted text has %-
+
+
+def season_checksums(sample: Sample) -> Checksums:
+    """CRC-32C of each season's pixels of each array."""
+    return {name: tuple(google_crc32c.value(season.tobytes()) for season in array) for name, array in sample.arrays.items()}
+
+
+def sample_digest(checksums: Checksums) -> str:
+    """Names the pixels of a sample, 32 hex digits: equal pixels have equal ones, wherever and under whatever key."""
+    return hashlib.sha256(canonical(checksums)).hexdigest()[:32]
+
+
+def write_shard(folder: Path, name: str, samples: Iterable[tuple[Sample, Checksums]]) -> ShardEntry | None:
+    """Writes the tar `name` and its commit record `<stem>.json`, each on disk and read back before it gets its name.
+
+    Samples are written as they come; no more than one is held.
 
     Returns:
         The manifest's entry, or None, and no file, when there was no sample.
+
+    Raises:
+        ShardError: what was read back is not what was written.
     """
-    with path.open("xb") as raw:
-        file = _HashingFile(raw)
-        records = [{"key": s.key, "members": [asdict(member) for member in _write_sample(file, s)]} for s in samples]
-        file.write(bytes(-(file.size + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE + 2 * BLOCK_BYTES))  # end of archive
-        raw.flush()
-        os.fsync(raw.fileno())
-    if not records:
-        path.unlink()
+    iterator = iter(samples)
+    if (first := next(iterator, None)) is None:
         return None
-    record = canonical({"shard": path.name, "size": file.size, "sha256": file.sha256.hexdigest(), "samples": records})
-    write_synced(path.with_suffix(".json"), record)
-    return ShardEntry(path.name, len(records), file.size, file.sha256.hexdigest(), hashlib.sha256(record).hexdigest())
+    members = []
+
+    def entry() -> ShardEntry:
+        return ShardEntry(name, len(members), file.size, file.sha256.hexdigest(), hashlib.sha256(record()).hexdigest())
+
+    def record() -> bytes:
+        told = [{"key": key, "members": [asdict(member) for member in of_key]} for key, of_key in members]
+        return canonical({"shard": name, "size": file.size, "sha256": file.sha256.hexdigest(), "samples": told})
+
+    with atomic_file(folder / name, check=lambda path: _verify_tar(path, entry(), members)) as raw:
+        file = _HashingFile(raw)
+        members.append((first[0].key, _write_sample(file, *first)))
+        failpoint("mid_write")
+        members.extend((sample.key, _write_sample(file, sample, checksums)) for sample, checksums in iterator)
+        file.write(bytes(-(file.size + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE + 2 * BLOCK_BYTES))  # end of archive
+    write_atomically(folder / record_name(name), record())
+    return entry()
+
+
+def record_name(shard: str) -> str:
+    """File name of a shard's commit record."""
+    return shard.removesuffix(".tar") + ".json"
 
 
 def write_manifest(folder: Path, content: Json) -> str:
     """Writes `manifest.json` with its own digest, and returns the digest."""
     digest = hashlib.sha256(canonical(content)).hexdigest()
-    write_synced(folder / MANIFEST, json.dumps({**content, "digest": digest}, indent=1).encode())
+    write_atomically(folder / MANIFEST, json.dumps({**content, "digest": digest}, indent=1).encode())
     return digest
 
 
@@ -176,7 +186,7 @@ def read_record(folder: Path, entry: ShardEntry) -> list[tuple[str, tuple[Member
     Raises:
         ShardError: the record is missing or not the one the manifest was made with.
     """
-    path = (folder / entry.name).with_suffix(".json")
+    path = folder / record_name(entry.name)
     if not path.is_file():
         raise ShardError(f"{path} is missing: {entry.name} has no commit record. Restore it or shard the archive again.")
     data = path.read_bytes()
@@ -194,8 +204,10 @@ def verify_shard(folder: Path, entry: ShardEntry) -> None:
     Raises:
         ShardError: a byte of the tar or of its record changed, names what.
     """
-    path = folder / entry.name
-    samples = read_record(folder, entry)
+    _verify_tar(folder / entry.name, entry, read_record(folder, entry))
+
+
+def _verify_tar(path: Path, entry: ShardEntry, samples: list[tuple[str, tuple[Member, ...]]]) -> None:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if file.tell() != entry.size or digest != entry.sha256:
@@ -207,42 +219,36 @@ def verify_shard(folder: Path, entry: ShardEntry) -> None:
                 file.seek(member.offset)
                 if google_crc32c.value(file.read(member.size)) != member.crc32c:
                     raise ShardError(f"{path}: sample {key}, member {member.name}: the bytes do not match their CRC-32C.")
+    found = []
     with tarfile.open(path, "r:") as tar:
-        found = [(info.name, info.offset_data, info.size) for info in tar]
-    if found != [(f"{key}.{m.name}", m.offset, m.size) for key, members in samples for m in members]:
+        for info in tar:
+            found.append((info.name, info.offset_data, info.size))
+            tar.members.clear()
+    if found != [(f"{member_key(key)}.{m.name}", m.offset, m.size) for key, members in samples for m in members]:
         raise ShardError(f"{path}: the tar's members are not those of its commit record.")
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Writes a new file and waits until it is on disk."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class _HashingFile:
     """A file open for writing that knows the size and sha256 of what went through it."""
 
-    def __init__(self, raw: io.BufferedWriter) -> None:
+    def __init__(self, raw: BinaryIO) -> None:
         self.raw = raw
         self.size = 0
         self.sha256 = hashlib.sha256()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         self.size += len(data)
         self.sha256.update(data)
         self.raw.write(data)
 
 
-def _write_sample(file: _HashingFile, sample: Sample) -> list[Member]:
-    members = [_write_member(file, sample.key, "json", canonical(sample.metadata))]
-    for name, array in sample.arrays.items():
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-        seasons = tuple(google_crc32c.value(season.tobytes()) for season in array)
-        members.append(_write_member(file, sample.key, f"{name}.npy", buffer.getvalue(), seasons))
-    return members
+def _write_sample(file: _HashingFile, sample: Sample, checksums: Checksums) -> tuple[Member, ...]:
+    name = member_key(sample.key)
+    members = [_write_member(file, name, "json", canonical(sample.metadata))]
+    for array, pixels in sample.arrays.items():
+        payload = npy_header(pixels.shape) + pixels.tobytes()
+        members.append(_write_member(file, name, f"{array}.npy", payload, checksums[array]))
+    return tuple(members)
 
 
 def _write_member(file: _HashingFile, key: str, name: str, data: bytes, seasons: tuple[int, ...] = ()) -> Member:
@@ -250,19 +256,17 @@ def _write_member(file: _HashingFile, key: str, name: str, data: bytes, seasons:
     info.size, info.mode = len(data), 0o444
     file.write(info.tobuf(tarfile.USTAR_FORMAT))
     offset = file.size
-    file.write(data + bytes(-len(data) % BLOCK_BYTES))
+    file.write(data)
+    file.write(bytes(-len(data) % BLOCK_BYTES))
     return Member(name, offset, len(data), google_crc32c.value(data), seasons)
 
 
-def _header_bytes(spec: Json) -> int:
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """What precedes the pixels of a uint8 array in a .npy file."""
     buffer = io.BytesIO()
-    header = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(spec["dtype"])),
-        "fortran_order": False,
-        "shape": tuple(spec["shape"]),
-    }
-    np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.tell()
+    descr = np.lib.format.dtype_to_descr(np.dtype(np.uint8))
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
 
 
 def _parse(path: Path, data: bytes) -> Json:

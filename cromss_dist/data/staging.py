@@ -3,11 +3,13 @@
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from cromss_dist.errors import OutputExistsError
+from cromss_dist.failpoint import failpoint
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def replacing(out: Path) -> Iterator[Path]:
     fresh.mkdir()
     try:
         yield fresh
-        _sync_folder(fresh)
+        sync_folder(fresh)
         if out.exists():
             out.rename(old)
         try:
@@ -37,14 +39,50 @@ def replacing(out: Path) -> Iterator[Path]:
                 f"{out} appeared while its content was being written ({error}); another process may write it. Choose another "
                 "folder and run again."
             ) from error
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)  # must not hide the error that ended the work
     if old.exists():
         shutil.rmtree(old)
 
 
-def _sync_folder(folder: Path) -> None:
+@contextmanager
+def atomic_file(path: Path, check: Callable[[Path], object] = lambda _: None) -> Iterator[BinaryIO]:
+    """A new file, open for writing, that takes the name `path` when the block ends well, and vanishes when it does not.
+
+    By then its bytes are on disk and `check`, called with its temporary path, has not raised. A file that was at `path` is
+    replaced. Writers of the same path do not disturb each other: the last one wins.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)) as file:
+            failpoint("after_open")
+            yield file
+            file.flush()
+            failpoint("before_fsync")
+            os.fsync(file.fileno())
+        failpoint("after_fsync")
+        check(temporary)
+        failpoint("before_replace")
+        temporary.replace(path)
+        sync_folder(path.parent)
+        failpoint("after_replace")
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a refused write does not say where
+        raise
+    finally:
+        with suppress(OSError):  # must not hide the error that ended the work
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Puts a file of these bytes at `path`, whole and on disk, or raises and leaves what was there."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

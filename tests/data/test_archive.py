@@ -7,7 +7,7 @@ import pytest
 import rasterio
 
 from cromss_dist.data.archive import open_archive
-from cromss_dist.data.geotiff import Rejected
+from cromss_dist.data.sample import Rejected
 from cromss_dist.errors import ArchiveEmptyError, ArchiveMissingError, UnreadableInputError
 from cromss_dist.schema import IMAGE_ARRAYS, NORMALISATION
 from tests.data.tiny_archive import KEYS, LABEL, PATCH_PX, S1_SCENES, S2_FOLDER, S2_SCENES, TRAPS, write_tif

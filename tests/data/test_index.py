@@ -111,8 +111,8 @@ def test_an_edited_manifest_is_refused(shards: Path) -> None:
 
 
 def test_another_schema_version_is_refused(shards: Path) -> None:
-    reseal(shards, schema_version=2)
-    with pytest.raises(ShardError, match="version 2"):
+    reseal(shards, schema_version=3)
+    with pytest.raises(ShardError, match="version 3"):
         open_shards(shards)
 
 

@@ -80,7 +80,7 @@ def test_manifest_states_normalisation_counts_and_statistics(shards: Path, archi
     archive = open_archive(archive_template)
     samples = [archive.read(key) for key in KEYS]
     assert manifest["normalisation"]["s2"]["digest"] == NORMALISATION["s2"].digest
-    assert manifest["normalised_by"] == {"s1": "shard writer", "s2": "shard writer"}
+    assert manifest["normalised_by"] == {"s1": "converter", "s2": "converter"}
     labels = np.stack([sample.arrays["label"] for sample in samples])
     assert manifest["class_counts"][2]["crops"] == int((labels[:, 2] == 4).sum())
     red = np.stack([sample.arrays["s2_10m"][:, 2] for sample in samples]).astype(np.float64)
