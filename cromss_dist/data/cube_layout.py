@@ -213,7 +213,7 @@ def _node(
     chunk_shape: Sequence[int],
     dims: Sequence[str],
     fill: Any,
-    codecs: Sequence[Json],
+    codecs: Sequence[Any],
     attributes: Json,
 ) -> Json:
     return {
@@ -288,4 +288,5 @@ def _encode_chunk(values: npt.NDArray[Any]) -> bytes:
 
 
 def _crc32c(data: bytes) -> bytes:
-    return data + google_crc32c.value(data).to_bytes(4, "little")
+    checksum: int = google_crc32c.value(data)
+    return data + checksum.to_bytes(4, "little")

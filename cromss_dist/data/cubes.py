@@ -9,8 +9,6 @@ library: that none is missing is what `cube.json` and `open_cube` are for. See d
 import functools
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,9 +37,9 @@ from cromss_dist.data.cube_layout import (
     root_node,
 )
 from cromss_dist.data.sample import Json, Rejected, Sample, SampleSpec, Uint8Array
+from cromss_dist.data.staging import atomic_file
 from cromss_dist.data.zarr_metadata import check_store
 from cromss_dist.errors import ShardError
-from cromss_dist.failpoint import failpoint
 
 CUBE = "cube.zarr"
 RECORD = "cube.json"
@@ -302,27 +300,14 @@ def _decodes_to(node: Json, pixels: Uint8Array, data: bytes) -> bool:
     return all(np.array_equal(np.asarray(array[row]), pixels[row]) for row in range(len(pixels)))
 
 
-def _place(folder: Path, name: str, data: bytes, holds: Callable[[bytes], bool] | None = None) -> CubeFile:
-    """Writes a file that is whole and on disk before it has its name, replacing what had it."""
-    path = folder / name
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        failpoint("cube_before_replace")
-        back = fresh.read_bytes()
-        if back != data or (holds is not None and not holds(back)):
-            raise ShardError(f"{path}: what was read back is not what was written. Check the disk and run it again.")
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-    folder_descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder_descriptor)
-    finally:
-        os.close(folder_descriptor)
+def _place(folder: Path, name: str, data: bytes, holds: Callable[[bytes], bool] = lambda _: True) -> CubeFile:
+    """Puts a file at `name`, whole, on disk and read back before it has that name; replaces what had it."""
+
+    def check(path: Path) -> None:
+        back = path.read_bytes()
+        if back != data or not holds(back):
+            raise ShardError(f"{folder / name}: what was read back is not what was written. Check the disk and run it again.")
+
+    with atomic_file(folder / name, check) as file:
+        file.write(data)
     return CubeFile(name, len(data), hashlib.sha256(data).hexdigest())
