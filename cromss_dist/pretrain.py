@@ -24,15 +24,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cromss_dist import __version__
-from cromss_dist.config import BatchPlan, RunConfig, plan_batches
+from cromss_dist.config import BatchPlan, DataConfig, RunConfig, plan_batches
 from cromss_dist.data.index import ShardIndex, open_shards
 from cromss_dist.data.order import split
-from cromss_dist.errors import ConfigError, OutputExistsError, StorageError
+from cromss_dist.errors import BandError, ConfigError, OutputExistsError, StorageError
 from cromss_dist.losses import CromssLoss
 from cromss_dist.models.encoder import check_encoder_name, stage_channels
 from cromss_dist.models.two_branch import ParameterCounts, TwoBranchUNet
 from cromss_dist.parse import to_yaml, write_yaml
-from cromss_dist.schema import MODALITIES, Modality
+from cromss_dist.schema import CLASS_NAMES, MODALITIES, NUM_CLASSES, Modality
 from cromss_dist.tracking.card import EncoderCard
 from cromss_dist.tracking.package import write_package
 from cromss_dist.tracking.registry import Registry
@@ -85,12 +85,15 @@ class Preflight:
         Raises:
             ShardError: the shards are missing or damaged.
             BatchError: the batch does not divide over the ranks.
-            ConfigError: the crop is larger than a patch; the device, its precision or the encoder does not exist.
+            BandError: the shards have not all the bands that are asked for.
+            ConfigError: the crop is larger than a patch, the classes are not Dynamic World's, a validation season is not
+                there; the device, its precision or the encoder does not exist.
         """
         plan = plan_batches(config.engine, world_size)
         resolve_precision(config.engine, choose_device(config.engine.device))
         check_encoder_name(config.model.encoder)
         index = open_shards(Path(config.data.shards))
+        _check_data(config.data, index)
         if config.data.crop_px > index.patch_px:
             raise ConfigError(
                 f"data.crop_px={config.data.crop_px} is larger than the {index.patch_px} px patches of {config.data.shards}; "
@@ -129,6 +132,28 @@ class Preflight:
                 f"parameters          {counts.total:,}: encoder S1 {counts.encoder_s1:,}, encoder S2 {counts.encoder_s2:,}, "
                 f"decoder and head {counts.decoder:,} ({self.config.model.fusion} fusion)",
             ]
+        )
+
+
+def _check_data(data: DataConfig, index: ShardIndex) -> None:
+    """Whether the shards have the bands, seasons and classes that the run needs."""
+    wanted: dict[Modality, tuple[str, ...]] = {"s1": data.s1_bands, "s2": data.s2_bands}
+    for modality, bands in wanted.items():
+        found = [band for spec in index.images if spec.modality == modality for band in spec.bands]
+        if missing := [band for band in bands if band not in found]:
+            raise BandError(
+                f"data.{modality}_bands asks for {', '.join(missing)}, which {data.shards} does not have; it has "
+                f"{', '.join(found) or f'no {modality} band'}. Set data.{modality}_bands to some of these."
+            )
+    if index.class_names != CLASS_NAMES:
+        raise ConfigError(
+            f"{data.shards} has the label classes {', '.join(index.class_names)}; pretraining takes the {NUM_CLASSES} classes of "
+            "Dynamic World. Map the labels to them in the archive's description and shard it again."
+        )
+    if late := [season for season in data.val_seasons if season >= index.num_seasons]:
+        raise ConfigError(
+            f"data.val_seasons names season {late[0]}, and {data.shards} has {index.num_seasons}, counted from 0; set "
+            f"data.val_seasons to some of {list(range(index.num_seasons))}."
         )
 
 

@@ -165,16 +165,17 @@ def check_bands(modality: Modality, bands: Sequence[str]) -> None:
 class Batch:
     """What the loader yields: stored values on the host, one season of the images, all seasons of the labels.
 
-    B samples; patches of H x W px at 10 m.
+    B samples; S seasons; patches of H x W px at 10 m.
     """
 
     keys: tuple[str, ...]  # location keys, B of them
     sample_ids: Tensor  # int64 (B,): index of the location in the manifest; keys the random draws
     epochs: Tensor  # int64 (B,): the epoch each sample belongs to; keys the random draws
-    seasons: Tensor  # int64 (B,): the drawn season, 0-3
+    seasons: Tensor  # int64 (B,): the drawn season, 0 to S - 1
     weights: Tensor  # float32 (B,): 1, or 0 for a sample that only fills the batch (evaluation)
+    specs: tuple[ArraySpec, ...]  # the image arrays of the dataset
     images: dict[str, Tensor]  # array name -> uint8 (B, band, H / scale, W / scale)
-    labels: Tensor  # uint8 (B, 4, H, W): noisy labels, 255 = ignore
+    labels: Tensor  # uint8 (B, S, H, W): noisy labels, 255 = ignore
     reference: Tensor | None  # uint8 (B, H, W): reference label of the drawn season, 255 = ignore
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import affine_grid, grid_sample
 from cromss_dist.data.order import Draws
 from cromss_dist.data.prior import label_prior
 from cromss_dist.errors import ConfigError
-from cromss_dist.schema import IMAGE_ARRAYS, NUM_CLASSES, Batch, Example, Modality
+from cromss_dist.schema import NUM_CLASSES, Batch, Example, Modality
 
 PriorKind = Literal["t", "s", "ts", "none"]
 
@@ -144,7 +144,7 @@ def bicubic_matrix(size_in: int, size_out: int, device: torch.device | str = "cp
 def _images(batch: Batch, modality: Modality, bands: Sequence[str], rows: Tensor, cols: Tensor) -> Tensor:
     """The bands of a modality in the order asked for: float32 (B, bands, h, w) in [0, 1]."""
     layers: dict[str, Tensor] = {}
-    for spec in IMAGE_ARRAYS:
+    for spec in batch.specs:
         wanted = [band for band in spec.bands if band in bands] if spec.modality == modality else []
         if wanted:
             stored = batch.images[spec.name][:, [spec.bands.index(band) for band in wanted]].to(rows.device, non_blocking=True)

@@ -3,6 +3,7 @@
 The tars are not parsed: where everything is comes from the commit records, into arrays of offsets.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.shards import MANIFEST, Json, block_bytes, manifest_entries, read_manifest, read_record
+from cromss_dist.data.sample import Json
+from cromss_dist.data.shards import MANIFEST, block_bytes, manifest_entries, read_manifest, read_record
 from cromss_dist.errors import ShardError
-from cromss_dist.schema import LABEL_ARRAY, NUM_SEASONS, Modality, Normalisation
+from cromss_dist.schema import LABEL_ARRAY, ArraySpec, Modality, Normalisation
 
 Uint8Array = npt.NDArray[np.uint8]
 
@@ -32,7 +34,8 @@ class ShardIndex:
         shard_names: File name of each shard.
         shard_of: int32 (N,): index into `shard_names`.
         offsets: int64 (N, A): where the first season's pixels start in the tar, bytes.
-        checksums: uint32 (N, A, 4): CRC-32C of each season's pixels.
+        checksums: uint32 (N, A, S): CRC-32C of each of the S seasons' pixels.
+        metadata_spans: int64 (N, 3): offset, size and CRC-32C of the sample's JSON in the tar.
     """
 
     folder: Path
@@ -43,6 +46,7 @@ class ShardIndex:
     shard_of: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
     checksums: npt.NDArray[np.uint32]
+    metadata_spans: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -56,6 +60,25 @@ class ShardIndex:
     def patch_px(self) -> int:
         """Side of the patches at 10 m, px."""
         return int(self.manifest["patch_px"])
+
+    @property
+    def num_seasons(self) -> int:
+        """Scenes a location has in each modality, and labels."""
+        return int(self.manifest["arrays"][LABEL_ARRAY]["shape"][0])
+
+    @property
+    def images(self) -> tuple[ArraySpec, ...]:
+        """The stored image arrays."""
+        return tuple(
+            ArraySpec(name, tuple(spec["bands"]), int(spec["gsd_m"]) // 10, spec["modality"])
+            for name, spec in self.manifest["arrays"].items()
+            if spec.get("modality")
+        )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the labels' values 0, 1, ... mean."""
+        return tuple(self.manifest["arrays"][LABEL_ARRAY]["values"])
 
     def normalisation(self, modality: Modality) -> Normalisation:
         """The contract by which the stored values of a modality came from physical ones."""
@@ -80,11 +103,11 @@ class ShardIndex:
 
         Args:
             sample_id: Index into `locations`.
-            season: 0-3.
+            season: 0 to num_seasons - 1.
             arrays: Names out of `self.arrays`.
 
         Returns:
-            uint8 (band, H / scale, W / scale) for images, (4, H, W) for 'label', (H, W) for the others. Read-only.
+            uint8 (band, H / scale, W / scale) for images, (S, H, W) for 'label', (H, W) for the others. Read-only.
 
         Raises:
             ShardError: bytes are missing or do not match their checksum.
@@ -97,10 +120,28 @@ class ShardIndex:
         finally:
             os.close(descriptor)
 
+    def metadata(self, sample_id: int) -> Json:
+        """Where and when a location was taken: the JSON member of its sample, see `data.sample.Sample`.
+
+        Raises:
+            ShardError: bytes are missing or do not match their checksum.
+        """
+        path = self.folder / self.shard_names[self.shard_of[sample_id]]
+        offset, size, checksum = (int(number) for number in self.metadata_spans[sample_id])
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        if google_crc32c.value(data) != checksum:
+            raise ShardError(
+                f"{path}: sample {self.locations[sample_id]}, member json: the bytes do not match their CRC-32C. The file was "
+                "damaged after it was written; restore it or shard the archive again."
+            )
+        return dict(json.loads(data))
+
     def _read_array(self, descriptor: int, path: Path, sample_id: int, season: int, name: str) -> Uint8Array:
         array = self.arrays.index(name)
         size = block_bytes(self.manifest["arrays"][name])
-        seasons = range(NUM_SEASONS) if name == LABEL_ARRAY else range(season, season + 1)
+        seasons = range(self.num_seasons) if name == LABEL_ARRAY else range(season, season + 1)
         data = os.pread(descriptor, size * len(seasons), int(self.offsets[sample_id, array]) + size * seasons.start)
         for i, stored_season in enumerate(seasons):
             if google_crc32c.value(data[i * size : (i + 1) * size]) != self.checksums[sample_id, array, stored_season]:
@@ -139,7 +180,9 @@ def _build_index(path: Path) -> ShardIndex:
     keys: list[str] = []
     shard_of = np.repeat(np.arange(len(entries), dtype=np.int32), [entry.samples for entry in entries])
     offsets = np.zeros((total, len(names)), np.int64)
-    checksums = np.zeros((total, len(names), NUM_SEASONS), np.uint32)
+    num_seasons = int(manifest["arrays"][LABEL_ARRAY]["shape"][0])
+    checksums = np.zeros((total, len(names), num_seasons), np.uint32)
+    metadata_spans = np.zeros((total, 3), np.int64)
     for entry in entries:
         tar = path / entry.name
         size = tar.stat().st_size if tar.is_file() else None
@@ -152,10 +195,22 @@ def _build_index(path: Path) -> ShardIndex:
         for key, members in samples:
             by_name = {member.name: member for member in members}
             for array, (name, spec) in enumerate(manifest["arrays"].items()):
-                member, pixels = by_name[f"{name}.npy"], NUM_SEASONS * block_bytes(spec)
+                member, pixels = by_name[f"{name}.npy"], num_seasons * block_bytes(spec)
                 if not 0 <= pixels <= member.size <= member.offset + member.size <= entry.size:
                     raise ValueError(f"{entry.name}: sample {key}: {member.name} does not lie inside the tar")
                 offsets[len(keys), array] = member.offset + member.size - pixels
                 checksums[len(keys), array] = member.season_crc32c
+            metadata = by_name["json"]
+            metadata_spans[len(keys)] = metadata.offset, metadata.size, metadata.crc32c
             keys.append(key)
-    return ShardIndex(path, manifest, tuple(keys), names, tuple(entry.name for entry in entries), shard_of, offsets, checksums)
+    return ShardIndex(
+        folder=path,
+        manifest=manifest,
+        locations=tuple(keys),
+        arrays=names,
+        shard_names=tuple(entry.name for entry in entries),
+        shard_of=shard_of,
+        offsets=offsets,
+        checksums=checksums,
+        metadata_spans=metadata_spans,
+    )

@@ -17,9 +17,7 @@ import torch
 from cromss_dist.data.index import ShardIndex
 from cromss_dist.data.order import IntArray, draws, sample_line
 from cromss_dist.errors import BatchError, ConfigError
-from cromss_dist.schema import IMAGE_ARRAYS, LABEL_ARRAY, REFERENCE_ARRAY, Batch
-
-READ_ARRAYS = (*(spec.name for spec in IMAGE_ARRAYS), LABEL_ARRAY, REFERENCE_ARRAY)
+from cromss_dist.schema import LABEL_ARRAY, REFERENCE_ARRAY, Batch
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,9 @@ class _ReadAhead:
         self.index = index
         self.requests = requests
         self.prefetch = prefetch
-        self.arrays = [name for name in index.arrays if name in READ_ARRAYS]
+        self.specs = index.images
+        read = {*(spec.name for spec in self.specs), LABEL_ARRAY, REFERENCE_ARRAY}
+        self.arrays = [name for name in index.arrays if name in read]
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="cromss-reader")
         self.pending: deque[tuple[_Request, dict[str, npt.NDArray[np.uint8]], list[Future[None]]]] = deque()
 
@@ -68,7 +68,8 @@ class _ReadAhead:
             epochs=torch.from_numpy(request.epochs),
             seasons=torch.from_numpy(request.seasons),
             weights=torch.from_numpy(request.weights),
-            images={spec.name: torch.from_numpy(buffers[spec.name]) for spec in IMAGE_ARRAYS},
+            specs=self.specs,
+            images={spec.name: torch.from_numpy(buffers[spec.name]) for spec in self.specs},
             labels=torch.from_numpy(buffers[LABEL_ARRAY]),
             reference=None if reference is None else torch.from_numpy(reference),
         )
@@ -172,7 +173,8 @@ class TrainLoader(_Loader):
                 positions = first + step * self.micro_batch + np.arange(self.micro_batch)
                 samples, epochs = sample_line(positions, len(self.ids), self.seed)
                 sample_ids = self.ids[samples]
-                seasons = draws(self.seed, epochs, sample_ids).season
+                season_draws = draws(self.seed, epochs, sample_ids).season
+                seasons = np.floor(season_draws * self.index.num_seasons).astype(np.int64)
                 yield _Request(sample_ids, epochs, seasons, np.ones(self.micro_batch, np.float32))
             first += self.global_batch
 

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cromss_dist.errors import ConfigError
-from cromss_dist.schema import NUM_SEASONS
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -90,7 +89,7 @@ def sample_line(positions: IntArray, num_samples: int, seed: int) -> tuple[IntAr
 class Draws:
     """The random numbers of B samples; floats are uniform in [0, 1). `augment` says what they become."""
 
-    season: IntArray  # int64 (B,), 0-3
+    season: FloatArray  # (B,): which season
     row: FloatArray  # (B,): where the crop starts
     col: FloatArray
     flip: FloatArray  # (B,): whether to flip
@@ -113,7 +112,7 @@ def draws(seed: int, epochs: IntArray, sample_ids: IntArray) -> Draws:
         return (hash64(seed, stream, epochs, sample_ids) >> np.uint64(11)).astype(np.float64) / 2**53
 
     return Draws(
-        season=(uniform(_Stream.SEASON) * NUM_SEASONS).astype(np.int64),
+        season=uniform(_Stream.SEASON),
         row=uniform(_Stream.ROW),
         col=uniform(_Stream.COL),
         flip=uniform(_Stream.FLIP),

@@ -29,6 +29,7 @@ def random_batch(size: int = 3, patch_px: int = H, seed: int = 0) -> Batch:
         epochs=torch.zeros(size, dtype=torch.int64),
         seasons=torch.arange(size) % 4,
         weights=torch.ones(size),
+        specs=IMAGE_ARRAYS,
         images={s.name: random(size, len(s.bands), patch_px // s.scale, patch_px // s.scale) for s in IMAGE_ARRAYS},
         labels=random(size, 4, patch_px, patch_px, high=9),
         reference=random(size, patch_px, patch_px, high=9),
