@@ -24,7 +24,7 @@ _INK, _MUTED, _GRID = "#22262b", "#6b7280", "#e3e6ea"
 _SEA, _LAND = "#f4f7fa", "#d5d9dd"
 _BLUE, _ORANGE = "#2f6da8", "#d9822b"
 _IGNORED = (233, 233, 233)
-_PERCENTILES = (2.0, 97.0)  # a cloudy season must not darken the others
+_PERCENTILES = (1.0, 98.0)
 _TILE_IN = 1.05
 
 Colours = npt.NDArray[np.uint8]
@@ -96,21 +96,22 @@ def draw_map(lon: npt.ArrayLike, lat: npt.ArrayLike, title: str = "") -> Figure:
     """
     lons, lats = np.asarray(lon, float), np.asarray(lat, float)
     figure = _figure(11, 5.9)
-    axes = figure.add_axes((0.045, 0.06, 0.94, 0.86))
+    crowded = len(lons) > 2000
+    axes = figure.add_axes((0.045, 0.06, 0.89 if crowded else 0.94, 0.86))
     axes.set_facecolor(_SEA)
     axes.add_collection(PolyCollection(LAND, facecolor=_LAND, edgecolor="none"))
-    crowded = len(lons) > 2000
     if crowded:
         cells = axes.hexbin(lons, lats, gridsize=(150, 62), extent=(-180, 180, -90, 90), mincnt=1, bins="log", cmap="viridis_r",
                             linewidths=0)  # fmt: skip
-        scale = figure.colorbar(cells, ax=axes, fraction=0.02, pad=0.01, label="locations a cell of 2.4 degrees")
+        scale = figure.colorbar(cells, cax=figure.add_axes((0.945, 0.2, 0.012, 0.58)), format="{x:,.0f}")
+        scale.set_label("locations a cell of 2.4 degrees", fontsize=8, color=_MUTED)
         scale.ax.tick_params(labelsize=7, colors=_MUTED)
         scale.outline.set_visible(False)
     else:
         axes.scatter(lons, lats, s=42 if len(lons) < 50 else 14, color=_ORANGE, edgecolors="white", linewidths=0.7, zorder=3)
     axes.set(xlim=(-180, 180), ylim=(-90, 90), aspect="equal")
-    axes.set_xticks(range(-180, 181, 30), [_degrees(v, "W", "E") for v in range(-180, 181, 30)])
-    axes.set_yticks(range(-90, 91, 30), [_degrees(v, "S", "N") for v in range(-90, 91, 30)])
+    axes.set_xticks(range(-150, 151, 30), [_degrees(v, "W", "E") for v in range(-150, 151, 30)])
+    axes.set_yticks(range(-60, 61, 30), [_degrees(v, "S", "N") for v in range(-60, 61, 30)])
     axes.grid(color="white", linewidth=0.8)
     _plain(axes)
     axes.set_title(title or f"{len(lons):,} locations", fontsize=11, color=_INK, loc="left")
@@ -150,7 +151,7 @@ def draw_quality(rows: Sequence[Quality], title: str = "") -> Figure:
     """Histograms of the quality of all seasons, and the S1-S2 shifts that mean something."""
     figure = _figure(11, 6.4)
     panels = figure.subplots(2, 3)
-    figure.subplots_adjust(left=0.06, right=0.985, top=0.87, bottom=0.09, hspace=0.52, wspace=0.24)
+    figure.subplots_adjust(left=0.06, right=0.985, top=0.86, bottom=0.06, hspace=0.34, wspace=0.2)
     _histogram(panels[0, 0], "cloud, share of the patch", {"": [r.cloud_share for r in rows]}, (0, 1))
     nodata = {"S1": [r.s1_nodata_share for r in rows], "S2": [r.s2_nodata_share for r in rows]}
     _histogram(panels[0, 1], "nodata, share of the patch", nodata, (0, 1))
@@ -170,10 +171,17 @@ def draw_quality(rows: Sequence[Quality], title: str = "") -> Figure:
     axes.axvline(0, color=_GRID, zorder=0)
     largest = max([2.0, *(max(abs(r.shift_cols_px or 0), abs(r.shift_rows_px or 0)) for r in known)])
     limits = (-1.15 * largest, 1.15 * largest)
-    axes.set(xlim=limits, ylim=limits[::-1], aspect="equal")
+    axes.set(xlim=limits, ylim=limits[::-1], aspect="equal", anchor="W")
     _plain(axes)
-    axes.set_title("where S1 lies against S2, px right and down", fontsize=9, color=_INK, loc="left")
-    figure.suptitle(title or f"Quality of {len(rows):,} scenes pairs", x=0.06, y=0.965, ha="left", fontsize=11, color=_INK)
+    axes.set_title("S1 against S2, px right and down", fontsize=9, color=_INK, loc="left")
+    figure.suptitle(
+        title or f"Quality of {len(rows):,} seasons of locations (counts, logarithmic)",
+        x=0.06,
+        y=0.965,
+        ha="left",
+        fontsize=11,
+        color=_INK,
+    )
     return figure
 
 
@@ -190,7 +198,8 @@ def _tiles(index: ShardIndex, sample_id: int, num_seasons: int) -> dict[str, lis
         bands = [bands_at_10m(index, arrays, modality) for arrays in seasons]
         if bands[0]:
             stack = np.stack([_three_bands(of_season) for of_season in bands])
-            low, high = np.percentile(stack, _PERCENTILES, axis=(0, 2, 3), keepdims=True)
+            low, high = np.percentile(stack, _PERCENTILES, axis=(2, 3), keepdims=True)
+            low, high = low.min(axis=0), np.median(high, axis=0)  # a cloudy season must not darken the others
             stretched = np.clip((stack - low) / np.maximum(high - low, 1e-6), 0, 1) ** 0.85
             tiles[f"Sentinel-{modality[1]}"] = list((255 * stretched).astype(np.uint8).transpose(0, 2, 3, 1))
     values = index.manifest["arrays"][LABEL_ARRAY]["values"]
@@ -242,15 +251,20 @@ def _figure(width_in: float, height_in: float) -> Figure:
 
 
 def _histogram(axes: Axes, title: str, values: dict[str, list[float | None]], limits: tuple[float, float]) -> None:
-    edges = np.linspace(*limits, 26)
+    edges = np.linspace(*limits, 26).tolist()
     known = {name: [v for v in series if v is not None] for name, series in values.items()}
     if not any(known.values()):
         axes.text(0.5, 0.5, "cannot be told from this dataset", transform=axes.transAxes, ha="center", fontsize=8, color=_MUTED)
     else:
         colours = (_BLUE, _ORANGE)[: len(known)]
         axes.hist(list(known.values()), bins=edges, color=colours, label=list(known))
-        axes.set_yscale("symlog", linthresh=10)
-        axes.set_ylim(bottom=0)
+        most = axes.get_ylim()[1]
+        axes.set_yscale("symlog", linthresh=1, linscale=0.4)  # the few bad ones are what one looks for
+        ticks = [0, *(10**power for power in range(8) if 10**power <= most)]
+        axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_yticks([], minor=True)
+        axes.set_ylim(0, 2 * most)
+        axes.grid(axis="y", color=_GRID, linewidth=0.8)
         if len(known) > 1:
             axes.legend(fontsize=8, frameon=False, labelcolor=_INK)
     axes.set_xlim(limits)
