@@ -100,6 +100,16 @@ class ImageFiles:
         """Whether the path names the band."""
         return "band" in pieces(self.path)
 
+    @property
+    def picks_bands(self) -> bool:
+        """Whether a file may hold more bands than those named."""
+        return isinstance(self.bands, dict) and not self.one_file_a_band
+
+    @property
+    def num_bands_in_file(self) -> int:
+        """Bands a file holds, or holds at least where some are picked."""
+        return max(number if isinstance(number, int) else 1 for number in self.stored.values())
+
     @cached_property
     def stored(self) -> dict[str, str | int]:
         """Our band name to the archive's name, or to the band's number in the file, from 1."""
@@ -269,6 +279,35 @@ class ArchiveDescription:
             return Match(rule.role, fill(self.key, parts), parts.get("scene", time), time, band)
         return None
 
+    def expected_path(self, role: str, key: str, scene: str = "", band: str = "") -> str:
+        """Where a file that is missing should have been; a piece that nothing tells stays in braces."""
+        image = role in self.images
+        template = self.images[role].path if image else self.values[role].path  # type: ignore[index]
+        stored = str(self.images[role].stored[band]) if image and band else "{band}"  # type: ignore[index]
+        known = self._key_template.match(key) or {}
+        told = {**known, "scene": scene, "time": scene, "band": stored}
+        return fill(template, {piece: told.get(piece) or f"{{{piece}}}" for piece in pieces(template)})
+
+    def is_key(self, text: str) -> bool:
+        """Whether `text` can be the key of a location."""
+        return self._key_template.match(text) is not None
+
+    def scene_time(self, modality: Modality, scene: str) -> str | None:
+        """Acquisition time in a scene's name ('' where names do not say it); None for what is no such name."""
+        parts = self._scene_templates[modality].match(scene)
+        return None if parts is None else plain_time(parts.get("time", ""))
+
+    @cached_property
+    def _key_template(self) -> Template:
+        return compile_template(self.key, {**self.fields, "time": TIME}, "key")
+
+    @cached_property
+    def _scene_templates(self) -> dict[Modality, Template]:
+        return {
+            modality: compile_template("{scene}", {**self.fields, "time": TIME, "scene": files.scene}, f"images.{modality}.scene")
+            for modality, files in self.images.items()
+        }
+
 
 @dataclass(frozen=True)
 class _Rule:
@@ -335,6 +374,8 @@ def _check_images(modality: Modality, files: ImageFiles) -> None:
     _require(files.units in UNITS[modality], f"{at}.units", files.units, f"choose {', '.join(UNITS[modality])}")
     ok = files.gsd_m == "native" or (10 <= files.gsd_m <= 120 and files.gsd_m % 10 == 0)
     _require(ok, f"{at}.gsd_m", files.gsd_m, "give a multiple of 10 up to 120, or native")
+    ok = files.one_file_a_band or len({array.scale for array in _arrays(modality, files)}) == 1
+    _require(ok, f"{at}.gsd_m", files.gsd_m, "one file holds all bands, so they have one distance: give it in m")
     if files.normalisation is not None:
         mean, std = files.normalisation.mean, files.normalisation.std
         ok = set(mean) == set(std) == set(files.stored) and all(math.isfinite(v) for v in mean.values())
