@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("Measuring locations", total=min(total, options.sample or total))
-        rows = measure(dataset, options.sample, options.seed, options.workers, lambda done: bar.advance(task, done))
-    write_report(dataset, rows, out, options.sheet, options.seed)
+        locations = measure(dataset, options.sample, options.seed, options.workers, lambda: bar.advance(task))
+    write_report(dataset, locations, out, options.sheet, options.seed)
     console.print(f"Written to {out}: begin with {PAGE}.", soft_wrap=True, highlight=False)
 
 

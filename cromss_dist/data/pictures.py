@@ -52,7 +52,7 @@ def draw_contact_sheet(index: ShardIndex, rows: Sequence[Sequence[Quality]]) -> 
 
     Args:
         index: The open dataset.
-        rows: What `quality.measure_shard` said of each location to show, all of its seasons; at least one location.
+        rows: What `measure_location` said of each location to show; at least one.
     """
     sample_ids = {key: i for i, key in enumerate(index.locations)}
     num_seasons = len(rows[0])
@@ -82,7 +82,7 @@ def draw_contact_sheet(index: ShardIndex, rows: Sequence[Sequence[Quality]]) -> 
             if row == 0:
                 figure.text((start + group / 2) / width, 1 - 0.07 / height, f"season {season}", ha="center", va="top",
                             fontsize=10, color=_INK)  # fmt: skip
-    _class_legend(figure, index.manifest["arrays"][LABEL_ARRAY]["values"], 0.12 / height)
+    _class_legend(figure, index.class_names, 0.12 / height)
     return figure
 
 
@@ -202,7 +202,7 @@ def _tiles(index: ShardIndex, sample_id: int, num_seasons: int) -> dict[str, lis
             low, high = low.min(axis=0), np.median(high, axis=0)  # a cloudy season must not darken the others
             stretched = np.clip((stack - low) / np.maximum(high - low, 1e-6), 0, 1) ** 0.85
             tiles[f"Sentinel-{modality[1]}"] = list((255 * stretched).astype(np.uint8).transpose(0, 2, 3, 1))
-    values = index.manifest["arrays"][LABEL_ARRAY]["values"]
+    values = index.class_names
     table = np.full((IGNORE + 1, 3), _IGNORED, np.uint8)
     table[: len(values)] = list(class_palette(values).values())
     tiles["label"] = [table[arrays[LABEL_ARRAY][season]] for season, arrays in enumerate(seasons)]

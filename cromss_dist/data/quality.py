@@ -5,21 +5,16 @@ H rows, W columns at 10 m.
 """
 
 import csv
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 from scipy import fft, ndimage
 
 from cromss_dist.data.index import ShardIndex
 from cromss_dist.data.sample import Json
-from cromss_dist.data.shards import manifest_entries, read_record
-from cromss_dist.errors import ShardError
 from cromss_dist.schema import IGNORE, LABEL_ARRAY, MODALITIES, Modality
 
 # Cloud: bright in blue (B2), not much brighter in red (B4; bare ground is), bright in B11 where that is stored (snow is
@@ -96,44 +91,14 @@ class Shift:
     confidence: float
 
 
-def measure_shard(index: ShardIndex, shard: int, sample_ids: Sequence[int] | None = None) -> list[Quality]:
-    """Measures the locations of one shard, season by season.
-
-    Args:
-        index: The open dataset.
-        shard: Number of the shard in `index.shard_names`.
-        sample_ids: Only these, all of this shard; None: all of them.
+def measure_location(index: ShardIndex, sample_id: int) -> list[Quality]:
+    """Measures one location of an open dataset, a row a season.
 
     Raises:
         ShardError: bytes are missing or do not match their checksum.
     """
-    first = int(np.searchsorted(index.shard_of, shard))
-    rows = []
-    for sample_id, metadata in enumerate(read_metadata(index, shard), first):
-        if sample_ids is None or sample_id in sample_ids:
-            rows += [_measure(index, sample_id, season, metadata) for season in range(len(metadata["seasons"]))]
-    return rows
-
-
-def read_metadata(index: ShardIndex, shard: int) -> list[Json]:
-    """The metadata of the locations of one shard, in order: their `.json` members, see docs/data-format.md.
-
-    Raises:
-        ShardError: bytes do not match their checksum.
-    """
-    entry = manifest_entries(index.folder, index.manifest)[shard]
-    found = []
-    descriptor = os.open(index.folder / entry.name, os.O_RDONLY)
-    try:
-        for key, members in read_record(index.folder, entry):
-            member = next(m for m in members if m.name == "json")
-            data = os.pread(descriptor, member.size, member.offset)
-            if google_crc32c.value(data) != member.crc32c:
-                raise ShardError(f"{index.folder / entry.name}: sample {key}, member json: the bytes do not match their CRC-32C.")
-            found.append(json.loads(data))
-    finally:
-        os.close(descriptor)
-    return found
+    metadata = index.metadata(sample_id)
+    return [_measure(index, sample_id, season, metadata) for season in range(index.num_seasons)]
 
 
 def write_csv(path: Path, rows: Sequence[Quality]) -> None:
@@ -154,10 +119,9 @@ def bands_at_10m(index: ShardIndex, arrays: dict[str, Uint8Array], modality: Mod
         modality: Whose bands.
     """
     bands: dict[str, Uint8Array] = {}
-    for name, spec in index.manifest["arrays"].items():
-        if spec.get("modality") == modality:
-            repeats = spec["gsd_m"] // 10
-            bands.update(zip(spec["bands"], arrays[name].repeat(repeats, axis=1).repeat(repeats, axis=2), strict=True))
+    for spec in index.images:
+        if spec.modality == modality:
+            bands.update(zip(spec.bands, arrays[spec.name].repeat(spec.scale, axis=1).repeat(spec.scale, axis=2), strict=True))
     return bands
 
 
@@ -250,9 +214,8 @@ def _measure(index: ShardIndex, sample_id: int, season: int, metadata: Json) -> 
             physical = (stored + np.float32(0.5)) * step[:, None, None] + lowest[:, None, None]
             cloud = cloud_mask(dict(zip(bands, physical / np.float32(10_000), strict=True)))
     shift = estimate_shift(intensity["s1"], intensity["s2"]) if len(intensity) == 2 else None
-    spec = index.manifest["arrays"][LABEL_ARRAY]
     label = arrays[LABEL_ARRAY][season]
-    counts = np.bincount(label[label != IGNORE], minlength=len(spec["values"]))
+    counts = np.bincount(label[label != IGNORE], minlength=len(index.class_names))
     valid = int(counts.sum())
     return Quality(
         metadata["key"],
@@ -267,7 +230,7 @@ def _measure(index: ShardIndex, sample_id: int, season: int, metadata: Json) -> 
         None if shift is None else shift.rows_px,
         None if shift is None else shift.cols_px,
         None if shift is None else shift.confidence,
-        spec["values"][int(counts.argmax())] if valid else "",
+        index.class_names[int(counts.argmax())] if valid else "",
         float(counts.max() / valid) if valid else 0.0,
         float(1 - valid / label.size),
     )

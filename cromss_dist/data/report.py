@@ -1,8 +1,7 @@
 """A report on a dataset: its quality measured on all cores, pictures, and a page that shows both."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import groupby
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from cromss_dist.data.pictures import (
     draw_quality,
     save,
 )
-from cromss_dist.data.quality import SHIFT_CONFIDENCE, Quality, measure_shard, write_csv
+from cromss_dist.data.quality import SHIFT_CONFIDENCE, Quality, measure_location, write_csv
 from cromss_dist.errors import ConfigError, OutputExistsError
 
 QUALITY, PAGE = "quality.csv", "report.md"
@@ -26,19 +25,19 @@ NUM_WORST = 8  # locations that the page lists of each kind
 
 
 def measure(
-    folder: Path, sample: int | None, seed: int, workers: int, progress: Callable[[int], None] | None = None
-) -> list[Quality]:
-    """Measures a dataset, shard by shard, in several processes.
+    folder: Path, sample: int | None, seed: int, workers: int, progress: Callable[[], None] | None = None
+) -> list[list[Quality]]:
+    """Measures a dataset in several processes.
 
     Args:
         folder: Of the shards.
         sample: Locations to measure, drawn by seed; None: all.
         seed: Of the draw.
         workers: Processes; 1: none but this.
-        progress: Called with the number of locations that were measured since the last call.
+        progress: Called once a location.
 
     Returns:
-        A row a season, in the order of the dataset, whatever the number of workers.
+        For each location a row a season, in the order of the dataset, whatever the number of workers.
 
     Raises:
         ConfigError: `sample` or `workers` is below 1.
@@ -48,22 +47,20 @@ def measure(
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} is not allowed; give 1 or more.")
     index = open_shards(folder)
-    chosen = choose_locations(len(index), len(index) if sample is None else sample, seed)
-    tasks = [(shard, list(ids)) for shard, ids in groupby(chosen, key=lambda i: int(index.shard_of[i]))]
-    measured: dict[int, list[Quality]] = {}
-    for shard, rows in _run(index, folder, tasks, workers):
-        measured[shard] = rows
+    measured = []
+    for rows in _run(index, choose_locations(len(index), len(index) if sample is None else sample, seed), workers):
+        measured.append(rows)
         if progress is not None:
-            progress(len({row.key for row in rows}))
-    return [row for shard in sorted(measured) for row in measured[shard]]
+            progress()
+    return measured
 
 
-def write_report(folder: Path, rows: Sequence[Quality], out: Path, sheet: int, seed: int) -> None:
+def write_report(folder: Path, locations: Sequence[Sequence[Quality]], out: Path, sheet: int, seed: int) -> None:
     """Writes table, pictures and page into a new folder.
 
     Args:
         folder: Of the shards.
-        rows: What `measure` returned.
+        locations: What `measure` returned.
         out: Folder to create.
         sheet: Locations on the contact sheet at most, drawn by seed.
         seed: Of the draw.
@@ -74,13 +71,13 @@ def write_report(folder: Path, rows: Sequence[Quality], out: Path, sheet: int, s
     index = open_shards(folder)
     check_new(out)
     out.mkdir(parents=True)
-    locations = [list(seasons) for _, seasons in groupby(rows, key=lambda row: row.key)]
     shown = [locations[i] for i in choose_locations(len(locations), sheet, seed)]
     save(draw_contact_sheet(index, shown), out / CONTACT_SHEET)
     placed = [(seasons[0].lon, seasons[0].lat) for seasons in locations]
     known = np.array([place for place in placed if None not in place], float).reshape(-1, 2)
     save(draw_map(known[:, 0], known[:, 1]), out / MAP)
     save(draw_class_shares(index.manifest["class_counts"]), out / CLASS_SHARES)
+    rows = [row for seasons in locations for row in seasons]
     save(draw_quality(rows), out / HISTOGRAMS)
     write_csv(out / QUALITY, rows)
     (out / PAGE).write_text(_page(index, locations, len(shown)), encoding="utf-8")
@@ -100,21 +97,17 @@ def _open(folder: Path) -> None:
     _index = open_shards(folder)
 
 
-def _measure_here(task: tuple[int, list[int]]) -> tuple[int, list[Quality]]:
+def _measure_here(sample_id: int) -> list[Quality]:
     assert _index is not None
-    return task[0], measure_shard(_index, *task)
+    return measure_location(_index, sample_id)
 
 
-def _run(
-    index: ShardIndex, folder: Path, tasks: Sequence[tuple[int, list[int]]], workers: int
-) -> Iterator[tuple[int, list[Quality]]]:
-    if workers == 1 or len(tasks) < 2:
-        for task in tasks:
-            yield task[0], measure_shard(index, *task)
+def _run(index: ShardIndex, sample_ids: Sequence[int], workers: int) -> Iterator[list[Quality]]:
+    if workers == 1:
+        yield from (measure_location(index, sample_id) for sample_id in sample_ids)
         return
-    with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), _open, (folder,)) as pool:
-        for done in as_completed([pool.submit(_measure_here, task) for task in tasks]):
-            yield done.result()
+    with ProcessPoolExecutor(workers, get_context("spawn"), _open, (index.folder,)) as pool:
+        yield from pool.map(_measure_here, sample_ids, chunksize=8)
 
 
 def _page(index: ShardIndex, locations: Sequence[Sequence[Quality]], num_shown: int) -> str:
@@ -125,12 +118,14 @@ def _page(index: ShardIndex, locations: Sequence[Sequence[Quality]], num_shown: 
     lines = [
         f"# {index.folder.name}",
         "",
-        f"{len(index):,} locations x {len(locations[0])} seasons, patches of {index.patch_px} px at 10 m. Digest `{index.digest}`.",
+        f"{len(index):,} locations x {len(locations[0])} seasons, patches of {index.patch_px} px at 10 m.",
+        f"Digest `{index.digest}`.",
         "",
         "| array | bands or values | shape | m a pixel |",
         "|---|---|---|---|",
         *(
-            f"| {name} | {' '.join(spec.get('bands') or spec['values'])} | {' x '.join(map(str, spec['shape']))} | {spec['gsd_m']} |"
+            f"| {name} | {' '.join(spec.get('bands') or spec['values'])} "
+            f"| {' x '.join(map(str, spec['shape']))} | {spec['gsd_m']} |"
             for name, spec in manifest["arrays"].items()
         ),
         "",

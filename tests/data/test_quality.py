@@ -13,14 +13,12 @@ from cromss_dist.data.quality import (
     Quality,
     cloud_mask,
     estimate_shift,
-    measure_shard,
+    measure_location,
     nodata_mask,
-    read_metadata,
     write_csv,
 )
 from cromss_dist.data.synthetic import SyntheticConfig
 from cromss_dist.data.synthetic.location import synthesise
-from cromss_dist.errors import ShardError
 from cromss_dist.schema import CLASS_NAMES, NORMALISATION, S2_BANDS, Modality
 
 Arrays = dict[str, npt.NDArray[np.uint8]]
@@ -48,9 +46,13 @@ def stored(modality: Modality, band: str, value: float) -> int:
     return int(NORMALISATION[modality].to_uint8(np.full((1, 1, 1), value, np.float32), [band]).item())
 
 
+def measure(index: ShardIndex, *sample_ids: int) -> list[Quality]:
+    return [row for i in sample_ids or range(len(index)) for row in measure_location(index, i)]
+
+
 @pytest.fixture(scope="module")
 def measured(synthetic_shards: Path) -> list[Quality]:
-    return measure_shard(open_shards(synthetic_shards), 0)
+    return measure(open_shards(synthetic_shards))
 
 
 def test_every_season_of_every_location_is_measured_and_named(measured: list[Quality], synthetic_shards: Path) -> None:
@@ -58,11 +60,6 @@ def test_every_season_of_every_location_is_measured_and_named(measured: list[Qua
     assert [(row.key, row.season) for row in measured] == [(key, season) for key in locations for season in range(4)]
     assert all(row.lon is not None and row.lat is not None and -180 <= row.lon <= 180 for row in measured)
     assert all(row.s2_time is not None and len(row.s2_time) == len("20200323T054639") for row in measured)
-
-
-def test_only_the_locations_asked_for_are_measured(synthetic_shards: Path, measured: list[Quality]) -> None:
-    some = measure_shard(open_shards(synthetic_shards), 0, [3, 5])
-    assert some == measured[12:16] + measured[20:24]
 
 
 def test_clouds_of_synthetic_scenes_are_found_and_clear_ones_stay_clear(measured: list[Quality]) -> None:
@@ -80,7 +77,7 @@ def test_a_planted_cloud_raises_the_share_by_its_area(synthetic_shards: Path, me
         arrays["s2_10m"][:3, :48, :48] = 255  # a quarter, brighter than the contract can store
         arrays["s2_20m"][4, :24, :24] = stored("s2", "B11", 3500)
 
-    for row, clear in zip(measure_shard(planted(synthetic_shards, plant), 0, [0, 1]), measured, strict=False):
+    for row, clear in zip(measure(planted(synthetic_shards, plant), 0, 1), measured, strict=False):
         assert row.cloud_share is not None
         assert clear.cloud_share is not None
         assert row.cloud_share == pytest.approx(clear.cloud_share, abs=0.01) or row.cloud_share >= 0.25
@@ -126,7 +123,7 @@ def test_planted_nodata_is_counted_exactly(synthetic_shards: Path, measured: lis
                 value = stored("s1" if modality == "s1" else "s2", band, 0) if fill is None else fill
                 arrays[name][i, : 24 // scale] = value  # the upper quarter of 96 px
 
-    for row, plain in zip(measure_shard(planted(synthetic_shards, plant), 0, [1, 2]), measured[4:12], strict=True):
+    for row, plain in zip(measure(planted(synthetic_shards, plant), 1, 2), measured[4:12], strict=True):
         assert plain.s1_nodata_share == 0
         assert plain.s2_nodata_share == 0
         assert row.s1_nodata_share == pytest.approx(0.25)
@@ -178,12 +175,12 @@ def test_the_dominant_class_is_that_of_the_label(synthetic_shards: Path) -> None
         arrays["label"][:, :48] = 4
         arrays["label"][:, :12] = 7
 
-    (row, *_) = measure_shard(planted(synthetic_shards, plant), 0, [0])
+    (row, *_) = measure(planted(synthetic_shards, plant), 0)
     assert (row.dominant_class, row.dominant_share, row.ignored_share) == (CLASS_NAMES[4], 0.75, 0.5)
 
 
 def test_a_label_that_is_all_ignored_has_no_class(synthetic_shards: Path) -> None:
-    (row, *_) = measure_shard(planted(synthetic_shards, lambda arrays: arrays["label"].fill(255)), 0, [0])
+    (row, *_) = measure(planted(synthetic_shards, lambda arrays: arrays["label"].fill(255)), 0)
     assert (row.dominant_class, row.dominant_share, row.ignored_share) == ("", 0, 1)
 
 
@@ -196,15 +193,6 @@ def test_the_table_has_a_line_a_season_and_nothing_where_nothing_is_known(measur
     assert float(lines[0]["dominant_share"]) == pytest.approx(measured[0].dominant_share, abs=1e-4)
 
 
-def test_damaged_metadata_is_refused(shards: Path) -> None:
-    tar = shards / "shard-000000.tar"
-    data = bytearray(tar.read_bytes())
-    data[data.index(b'"lat"')] ^= 1
-    tar.write_bytes(data)
-    with pytest.raises(ShardError, match="member json"):
-        read_metadata(open_shards(shards), 0)
-
-
 def test_all_thirteen_bands_are_looked_at(synthetic_shards: Path) -> None:
     """Nodata in all bands but one is no nodata."""
 
@@ -214,5 +202,5 @@ def test_all_thirteen_bands_are_looked_at(synthetic_shards: Path) -> None:
         arrays["s2_60m"][2] = 9
 
     assert S2_BANDS[10] == "B10"
-    (row, *_) = measure_shard(planted(synthetic_shards, plant), 0, [0])
+    (row, *_) = measure(planted(synthetic_shards, plant), 0)
     assert row.s2_nodata_share == 0
