@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cromss_dist.data.archive import open_archive
+from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.convert import write_shards
 from cromss_dist.data.synthetic import SyntheticConfig, write_archive
 from cromss_dist.models.encoder import build_encoder, stage_channels

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from cromss_dist.data.archive import open_archive
+from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.convert import Summary, check_output, write_shards
 from cromss_dist.errors import main_guard
 from cromss_dist.schema import CLASS_NAMES

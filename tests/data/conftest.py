@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cromss_dist.data.archive import open_archive
+from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.convert import write_shards
 from tests.data.tiny_archive import KEYS, write_archive
 

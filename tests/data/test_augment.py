@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cromss_dist.data.archive import open_archive
+from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.augment import Geometry, PriorKind, bicubic_matrix, eval_geometry, prepare, train_geometry
 from cromss_dist.data.order import draws
 from cromss_dist.errors import ConfigError

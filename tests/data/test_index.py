@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cromss_dist.data.archive import open_archive
+from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.convert import write_shards
 from cromss_dist.data.index import open_shards
 from cromss_dist.data.shards import canonical

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from cromss_dist.data.archive import Archive, open_archive
+from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.convert import plan_shards, write_shards
 from cromss_dist.data.shards import manifest_entries, read_manifest, verify_shard
 from cromss_dist.errors import (
@@ -178,7 +178,7 @@ def test_an_output_that_is_there_is_kept_unless_it_is_ours_and_may_go(archive_ro
     ],
 )
 def test_arguments_out_of_range_are_config_errors(archive_template: Path, tmp_path: Path, arguments: dict[str, float]) -> None:
-    archive: Archive = open_archive(archive_template)
+    archive = open_archive(archive_template)
     with pytest.raises(ConfigError, match=next(iter(arguments))):
         write_shards(archive, tmp_path / "out", **arguments)  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from cromss_dist.data.archive import open_archive
+from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.synthetic import PLACES, Location, SyntheticConfig, synthesise, write_archive
 from cromss_dist.data.synthetic import archive as synthetic_archive
 from cromss_dist.data.synthetic.fields import borders, fractal_field, gaussian_field, parcels
@@ -115,8 +115,8 @@ def test_files_hold_the_location_in_memory(small: Path) -> None:
 
 def test_the_archive_reader_takes_it_and_pairs_the_seasons(small: Path) -> None:
     archive = open_archive(small)
-    assert archive.locations == ("0000000", "0000001")
-    for index, key in enumerate(archive.locations):
+    assert archive.keys == ("0000000", "0000001")
+    for index, key in enumerate(archive.keys):
         sample, location = archive.read(key), synthesise(SMALL, index)
         assert np.array_equal(sample.arrays["label"], location.label)
         assert np.array_equal(sample.arrays["reference"], location.truth)

@@ -118,6 +118,10 @@ def _remove_everywhere(root: Path, key: str) -> None:
             shutil.rmtree(folder / key)
 
 
+def _copy_scene(folder: Path, date: str, other_date: str) -> None:
+    shutil.copytree(folder, folder.with_name(folder.name.replace(date, other_date)))
+
+
 def append_line(root: Path, *cells: str) -> None:
     """Adds a line to the csv."""
     with (root / "dw_complete_ids.csv").open("a") as table:
@@ -128,8 +132,8 @@ def append_line(root: Path, *cells: str) -> None:
 TRAPS: dict[str, tuple[str, Damage]] = {
     "file of 0 bytes": ("truncated", lambda r: cut(r / S2_FOLDER / "B3.tif", 0)),
     "file of 8 bytes": ("truncated", lambda r: (r / S1_FOLDER / "VH.tif").write_bytes(b"II*\0\x08\0\0\0")),
-    "file cut in half": ("unreadable", lambda r: cut(r / S2_FOLDER / "B3.tif", 0.5)),
-    "label cut at 99 %": ("unreadable", lambda r: cut(r / LABEL, 0.99)),
+    "file cut in half": ("truncated", lambda r: cut(r / S2_FOLDER / "B3.tif", 0.5)),
+    "label cut at 99 %": ("truncated", lambda r: cut(r / LABEL, 0.99)),
     "VRT called tif": ("unreadable", lambda r: _write_vrt(r / S2_FOLDER / "B3.tif")),
     "link out of the archive": ("path_escape", lambda r: _link_away(r / S2_FOLDER / "B3.tif")),
     "header of 400 MB": ("too_big", lambda r: _declare_400_mb(r / LABEL)),
@@ -141,14 +145,14 @@ TRAPS: dict[str, tuple[str, Damage]] = {
     "class 9": ("label_out_of_range", lambda r: _edit(r / LABEL, _put(NUM_CLASSES))),
     "label all ignored": ("label_empty", lambda r: _edit(r / LABEL, lambda p: np.full_like(p, 255))),
     "label all nodata": ("label_empty", lambda r: _edit(r / LABEL, lambda p: np.full_like(p, 77), 77)),
-    "no label file": ("missing_file", lambda r: (r / LABEL).unlink()),
+    "no label file": ("missing_label", lambda r: (r / LABEL).unlink()),
     "no label scene": ("missing_label", lambda r: shutil.rmtree((r / LABEL).parent)),
     "no label folder": ("missing_label", lambda r: shutil.rmtree((r / LABEL).parents[1])),
     "no reference": ("missing_file", lambda r: shutil.rmtree(r / "reference_labels" / "0000012")),
     "no S1 season": ("missing_season", lambda r: shutil.rmtree(r / S1_FOLDER)),
     "no S2 season": ("missing_season", lambda r: shutil.rmtree(r / S2_FOLDER)),
     "no S1 at all": ("missing_modality", lambda r: shutil.rmtree(r / "s1" / "0000012")),
-    "a fifth S1 scene": ("missing_season", lambda r: (r / "s1/0000012" / S1_SCENES[0].replace("20200329", "20200330")).mkdir()),
+    "a fifth S1 scene": ("missing_season", lambda r: _copy_scene(r / S1_FOLDER, "20200627", "20200628")),
     "no B7": ("missing_file", lambda r: (r / S2_FOLDER / "B7.tif").unlink()),
     "L2A": ("l2a", lambda r: (r / S2_FOLDER / "B10.tif").unlink()),
     "broken metadata": ("bad_metadata", lambda r: (r / S2_FOLDER / "metadata.json").write_text("{")),

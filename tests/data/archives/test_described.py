@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import numpy.typing as npt
 import pytest
 import rasterio
 
-from cromss_dist.data.archive import open_archive
+from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.sample import Rejected
 from cromss_dist.errors import ArchiveEmptyError, ArchiveMissingError, UnreadableInputError
 from cromss_dist.schema import IMAGE_ARRAYS, NORMALISATION
@@ -38,7 +39,7 @@ def test_arrays_equal_the_files_after_normalisation(archive_root: Path) -> None:
 
 
 def test_arrays_of_real_locations_equal_the_files_after_normalisation(mini_archive: Path) -> None:
-    assert open_archive(mini_archive).patch_px == 264
+    assert open_archive(mini_archive).spec.patch_px == 264
     for key in ("0000200", "0900505"):
         assert_sample_equals_files(mini_archive, key)
 
@@ -76,7 +77,7 @@ def test_the_csv_may_have_a_header_or_not_or_be_absent(archive_root: Path, form:
     elif form == "shuffled scenes":
         file.write_text("\n".join(",".join([*line.split(",")[:1], *line.split(",")[:0:-1]]) for line in lines))
     archive = open_archive(archive_root)
-    assert archive.locations == KEYS
+    assert archive.keys == KEYS
     np.testing.assert_array_equal(archive.read("0000012").arrays["s1"], expected)
 
 
@@ -85,7 +86,7 @@ def test_each_trap_is_rejected_with_its_reason(archive_root: Path, trap: str) ->
     reason, damage = TRAPS[trap]
     damage(archive_root)
     archive = open_archive(archive_root)
-    assert archive.locations == KEYS
+    assert archive.keys == KEYS
     with pytest.raises(Rejected) as rejected:
         archive.read("0000012")
     assert rejected.value.reason == reason
@@ -97,16 +98,16 @@ def test_strays_are_no_locations(archive_root: Path) -> None:
         for name in (".DS_Store", "Thumbs.db", "metadata.json"):
             (archive_root / folder / name).write_text("{}")
     archive = open_archive(archive_root)
-    assert archive.locations == KEYS
-    assert archive.strays == 9
+    assert archive.keys == KEYS
+    assert archive.asides["strays"] == 18
     archive.read("0000003")
 
 
 def test_images_without_a_label_are_counted_and_are_no_input(archive_root: Path) -> None:
-    (archive_root / "s1" / "0000777").mkdir()
+    shutil.copytree(archive_root / "s1" / "0000003", archive_root / "s1" / "0000777")
     archive = open_archive(archive_root)
-    assert archive.locations == KEYS
-    assert archive.unlabelled == 1
+    assert archive.keys == KEYS
+    assert archive.asides["unlabelled"] == 1
 
 
 def test_a_surplus_row_and_column_are_cut_and_noted(archive_root: Path) -> None:
@@ -151,7 +152,7 @@ def test_the_offset_of_new_baselines_is_removed_and_noted(archive_root: Path) ->
 
 def test_uint8_archives_are_kept_as_they_are(uint8_archive: Path) -> None:
     archive = open_archive(uint8_archive)
-    assert archive.stored_uint8 == {"s1": True, "s2": True}
+    assert archive.spec.normalised_by == {"s1": "archive", "s2": "archive"}
     band = pixels(uint8_archive / "s2c" / KEYS[0] / S2_SCENES[2] / "B11.tif")
     np.testing.assert_array_equal(archive.read(KEYS[0]).arrays["s2_20m"][2, 4], band)
 
