@@ -154,8 +154,10 @@ def encode_coordinate(coordinate: Coordinate) -> Iterator[tuple[str, bytes]]:
 
 def coordinates(spec: SampleSpec, rows: Sequence[Row]) -> dict[str, Coordinate]:
     """All that is known of places, times and bands, as coordinates of the cube."""
+    # Without the keys of rejected inputs: one that was appended and is there already would be there twice.
+    keys = [row.key if row.metadata else "" for row in rows]
     found: dict[str, Coordinate] = {
-        "location": Coordinate(_texts(row.key for row in rows), ("location",), "", {"long_name": "key; empty in padding"}),
+        "location": Coordinate(_texts(keys), ("location",), "", {"long_name": "key; empty where there is no sample"}),
         "season": Coordinate(np.arange(spec.num_seasons), ("season",), 0, {"long_name": "in order of acquisition time"}),
     }
     for image in spec.images:

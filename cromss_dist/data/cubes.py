@@ -53,6 +53,7 @@ __all__ = [
     "CubeFile",
     "CubeReader",
     "Row",
+    "check_metadata",
     "create_cube",
     "file_problems",
     "finish_cube",
@@ -221,20 +222,23 @@ def open_cube(folder: str | Path, record_sha256: str | None = None) -> xr.Datase
 
 
 class CubeReader:
-    """Reads samples back out of a cube, row by row, after the checks of `open_cube`.
+    """Reads samples back out of a cube, row by row. That no file is missing is for the caller to know: see `file_problems`.
 
     Args:
-        folder: That holds the cube.
-        record_sha256: Of cube.json, as the manifest states it.
+        cube: The folder cube.zarr.
 
     Raises:
-        ShardError: as `open_cube`.
+        ShardError: its metadata is not what a cube of ours has, or its coordinates cannot be read.
     """
 
-    def __init__(self, folder: Path, record_sha256: str | None = None) -> None:
-        _check(folder, record_sha256)
-        self.group = zarr.open_group(folder / CUBE, mode="r")
-        self.rows = read_rows(folder / CUBE)
+    def __init__(self, cube: Path) -> None:
+        check_metadata(cube)
+        self.cube = cube
+        try:
+            self.group = zarr.open_group(cube, mode="r")
+            self.rows = read_rows(cube)
+        except (ValueError, RuntimeError, KeyError, OSError) as error:
+            raise ShardError(f"{cube}: the coordinates cannot be read: {error}. Restore it.") from error
 
     def read(self, row: int, name: str, season: int | None = None) -> Uint8Array:
         """One array of one location, of one season or of all.
@@ -245,11 +249,17 @@ class CubeReader:
         try:
             return np.asarray(_array(self.group, name)[row if season is None else (row, season)], np.uint8)
         except (ValueError, RuntimeError) as error:
-            raise ShardError(f"{CUBE}/{name}, row {row}: the bytes do not match their CRC-32C: {error}") from error
+            raise ShardError(f"{self.cube / name}, row {row}: its bytes do not match their checksum: {error}") from error
+
+    def file_of(self, row: int, name: str) -> str:
+        """Path inside the cube of the file that holds a row of an array."""
+        array = _array(self.group, name)
+        assert array.shards is not None
+        return f"{name}/{chunk_name(row // array.shards[0], *[0] * (array.ndim - 1))}"
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:
-    """The rows that `finish_cube` was given, from the cube's coordinates."""
+    """The rows that `finish_cube` was given, from the cube's coordinates; those without a sample also without their key."""
     group = zarr.open_group(path, mode="r")
     values: dict[str, Any] = {
         name: np.asarray(_array(group, name)[...]).tolist()
@@ -269,6 +279,19 @@ def read_rows(path: Path) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def check_metadata(cube: Path) -> None:
+    """Reads all metadata of a cube before a Zarr library does.
+
+    Raises:
+        ShardError: it has types, codecs or sizes that no cube of ours has.
+    """
+    names = [path.relative_to(cube).as_posix() for path in cube.rglob("*") if path.name.startswith((".z", METADATA))]
+    try:
+        check_store(names, lambda name: (cube / name).read_bytes())
+    except Rejected as error:
+        raise ShardError(f"{cube} is no cube of ours: {error}. Restore it or convert the archive again.") from error
+
+
 def _check(folder: Path, record_sha256: str | None) -> None:
     if "://" in str(folder) or not (folder / CUBE).is_dir():
         raise ShardError(f"{folder} holds no {CUBE}; give a local folder that tools/shard.py has written with --write cube.")
@@ -278,11 +301,7 @@ def _check(folder: Path, record_sha256: str | None) -> None:
         raise ShardError(
             f"{folder / CUBE} is not as it was written, {len(problems)} files: {shown}. Restore it or convert the archive again."
         )
-    try:
-        names = [path.relative_to(folder / CUBE).as_posix() for path in (folder / CUBE).rglob(METADATA)]
-        check_store(names, lambda name: (folder / CUBE / name).read_bytes())
-    except Rejected as error:
-        raise ShardError(f"{folder / CUBE} is no cube of ours: {error}. Convert the archive again.") from error
+    check_metadata(folder / CUBE)
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
