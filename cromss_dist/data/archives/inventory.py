@@ -4,11 +4,10 @@ The files of a real archive count in millions, so they are rows of an sqlite fil
 paths only; it can be pickled to other processes, and opens what it needs where it is used.
 """
 
-import hashlib
+import json
 import os
 import shutil
 import sqlite3
-import stat
 import tempfile
 import threading
 import weakref
@@ -16,16 +15,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from cromss_dist.data.archives.containers import Container, ContainerReader, Part, changed
+from cromss_dist.data.archives.listing import FOLDER, index_path, scratch
+from cromss_dist.data.archives.listing import Progress as Progress
+from cromss_dist.data.archives.tables import TABLES, find_files, sum_up
+from cromss_dist.data.archives.tar import Damaged
 from cromss_dist.data.sample import Rejected
 from cromss_dist.errors import ArchiveMissingError, InputChangedError
 
 MAX_FILE_BYTES = 16 * 2**20  # of one file of an archive; the largest band has 0.3 MB, the largest tile 7 MB
-FOLDER = 0  # the `container` of files that lie in no container
-
-# Called with a container's name (or '.', the folder), its bytes (files) listed so far, and its size in bytes (0).
-Progress: TypeAlias = Callable[[str, int, int], None]
+MAX_OPEN_CONTAINERS = 64
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Inventory:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
+        self._readers: dict[int, ContainerReader] = {}
 
     def __getstate__(self) -> tuple[Path, Path]:
         return self._root, self._file
@@ -121,17 +123,17 @@ class Inventory:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk of the matched files of the folder and of all containers."""
+        """Bytes on disk of the matched files of the folder and of the containers that hold a matched file."""
         return int(self._fact("size_bytes"))
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over the paths, sizes and times of matched files and of containers, in the order of their paths."""
+        """sha256 (hex) over paths, sizes and times of the matched files and of the containers they are in."""
         return self._fact("fingerprint")
 
     @property
     def refused(self) -> dict[str, int]:
-        """Entries of the folder and its containers that are no plain file, or badly named, counted by kind."""
+        """Entries of the folder and its containers that are no plain file, or badly named, counted by kind (see `Found`)."""
         return dict(self._rows("SELECT kind, number FROM refused ORDER BY kind"))
 
     @property
@@ -169,27 +171,24 @@ class Inventory:
             raise Rejected(reason, entry.path, detail)
         if entry.size > max_bytes:
             raise Rejected("too_big", entry.path, f"it has {entry.size} bytes; at most {max_bytes} are read")
-        return self._read_file(entry)
+        try:
+            if entry.container == FOLDER:
+                return _read_file(self._root, entry)
+            with self._lock:
+                return self._container(entry.container).read(entry.offset, entry.size, entry.packed, entry.check)
+        except (OSError, Damaged) as error:
+            raise Rejected("unreadable", entry.path, str(error)) from error
 
-    def _read_file(self, entry: Entry) -> bytes:
-        try:
-            descriptor = os.open(self._root / entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError as error:
-            raise InputChangedError(_changed(entry.path, "is gone")) from error
-        except OSError as error:
-            raise Rejected("unreadable", entry.path, str(error)) from error
-        try:
-            now = os.fstat(descriptor)
-            if (now.st_size, now.st_mtime_ns) != (entry.size, entry.mtime_ns):
-                raise InputChangedError(_changed(entry.path, f"had {entry.size} bytes and now has {now.st_size}, or a new time"))
-            data = os.read(descriptor, entry.size)
-        except OSError as error:
-            raise Rejected("unreadable", entry.path, str(error)) from error
-        finally:
-            os.close(descriptor)
-        if len(data) != entry.size:
-            raise Rejected("truncated", entry.path, f"{len(data)} of its {entry.size} bytes could be read")
-        return data
+    def _container(self, number: int) -> ContainerReader:
+        connection = self._connect()  # first: it forgets what was opened before a fork
+        if number not in self._readers:
+            if len(self._readers) >= MAX_OPEN_CONTAINERS:
+                self._readers.pop(next(iter(self._readers))).close()
+            ((record,),) = connection.execute("SELECT record FROM containers WHERE number = ?", (number,))
+            fields = json.loads(record)
+            container = Container(fields["path"], fields["kind"], tuple(Part(**part) for part in fields["parts"]))
+            self._readers[number] = ContainerReader(container, self._root, index_path(container, self._file.parent))
+        return self._readers[number]
 
     def _fact(self, name: str) -> str:
         ((value,),) = self._rows("SELECT value FROM facts WHERE name = ?", name)
@@ -197,12 +196,18 @@ class Inventory:
 
     def _rows(self, query: str, *values: str) -> list[Any]:
         with self._lock:
-            if self._connection is None or self._pid != os.getpid():  # a connection must not cross a fork
-                self._connection = sqlite3.connect(
-                    f"{self._file.as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
-                )
-                self._pid = os.getpid()
-            return self._connection.execute(query, values).fetchall()
+            return self._connect().execute(query, values).fetchall()
+
+    def _connect(self) -> sqlite3.Connection:
+        if self._pid != os.getpid():  # nothing that was opened before a fork may be used or closed after it
+            _FORKED.append((self._connection, self._readers))
+            self._pid, self._connection, self._readers = os.getpid(), None, {}
+        if self._connection is None:
+            self._connection = sqlite3.connect(_read_only(self._file), uri=True, check_same_thread=False)
+        return self._connection
+
+
+_FORKED: list[Any] = []
 
 
 def take_inventory(
@@ -217,26 +222,36 @@ def take_inventory(
     Args:
         root: The archive's folder. Containers in it count as unpacked into the folder they lie in.
         match: Says what the file at a path is, None for a stray; a pure function.
-        work: Folder for `inventory.sqlite` and what makes a second inventory of the same containers quick; None: a
-            private temporary one, gone with the `Inventory`.
+        work: Folder for `inventory.sqlite`, which takes the place of an earlier one, and for what makes a second
+            inventory of the same containers quick; None: a private temporary one, gone with the `Inventory`.
         allow_partial: Whether a container that was cut off counts for what is before the cut.
         progress: See `Progress`.
 
     Raises:
         ArchiveMissingError: `root` is no folder.
         UnreadableInputError: a container is cut off, damaged, or lacks a part.
+        InputChangedError: a container changes meanwhile.
     """
     root = root.resolve()
     if not root.is_dir():
         raise ArchiveMissingError(f"{root} is not a folder; give the folder that holds the archive.")
     private = work is None
-    if work is None:
-        work = Path(tempfile.mkdtemp(prefix="cromss-inventory-"))  # mode 0700
+    work = Path(tempfile.mkdtemp(prefix="cromss-inventory-")) if work is None else work.resolve()  # mkdtemp: mode 0700
     work.mkdir(parents=True, exist_ok=True)
     try:
-        file = work / "inventory.sqlite"
-        _fill(file, root, match, progress)
-        inventory = Inventory(root, file)
+        fresh = work / "inventory.tmp"
+        fresh.unlink(missing_ok=True)
+        connection = scratch(fresh)
+        try:
+            connection.executescript(TABLES)
+            find_files(connection, root, match, work, allow_partial, progress)
+            connection.commit()
+            _settle_repeats(connection, Inventory(root, fresh))
+            sum_up(connection)
+            connection.commit()
+        finally:
+            connection.close()
+        inventory = Inventory(root, fresh.replace(work / "inventory.sqlite"))
     except BaseException:
         if private:
             shutil.rmtree(work, ignore_errors=True)
@@ -246,63 +261,37 @@ def take_inventory(
     return inventory
 
 
-_TABLES = """
-CREATE TABLE files (key TEXT, role TEXT, scene TEXT, time TEXT, band TEXT, path TEXT, container INTEGER, offset INTEGER,
-    size INTEGER, packed INTEGER, "check" INTEGER, mtime_ns INTEGER, reason TEXT, detail TEXT, PRIMARY KEY (key, path)) WITHOUT ROWID;
-CREATE TABLE keys (role TEXT, key TEXT, PRIMARY KEY (role, key)) WITHOUT ROWID;
-CREATE TABLE facts (name TEXT, value TEXT);
-CREATE TABLE strays (folder TEXT, number INTEGER);
-CREATE TABLE refused (kind TEXT, number INTEGER);
-CREATE TABLE repeated (key TEXT, number INTEGER);
-CREATE TABLE conflicting (key TEXT, path TEXT);
-"""
-
-
-def _fill(file: Path, root: Path, match: Callable[[str], Match | None], progress: Progress | None) -> None:
-    file.unlink(missing_ok=True)
-    digest, strays, num_files, size_bytes = hashlib.sha256(), Counter[str](), 0, 0
-    connection = sqlite3.connect(file)
-    connection.executescript(_TABLES)
-    for path, size, mtime_ns in sorted(_walk(root)):
-        num_files += 1
-        found = match(path)
-        if found is None:
-            strays[path.split("/")[0] if "/" in path else "."] += 1
-            continue
-        size_bytes += size
-        digest.update(f"{path}\0{size}\0{mtime_ns}\n".encode())
-        entry = (
-            found.key,
-            found.role,
-            found.scene,
-            found.time,
-            found.band,
-            path,
-            FOLDER,
-            0,
-            size,
-            size,
-            -1,
-            mtime_ns,
-            None,
-            None,
+def _settle_repeats(connection: sqlite3.Connection, inventory: Inventory) -> None:
+    """Keeps one row of a path that was found more than once, and marks it where the bytes differ."""
+    connection.execute(
+        "CREATE TEMP TABLE repeats AS SELECT key, path, COUNT(*) AS number FROM files GROUP BY key, path HAVING number > 1"
+    )
+    same: Counter[str] = Counter()
+    for key, path, number in connection.execute("SELECT key, path, number FROM repeats"):
+        rows = connection.execute("SELECT * FROM files WHERE key = ? AND path = ? ORDER BY container, offset", (key, path))
+        first, *others = map(_entry, rows.fetchall())
+        connection.execute(
+            "DELETE FROM files WHERE key = ? AND path = ? AND (container, offset) != (?, ?)",
+            (key, path, first.container, first.offset),
         )
-        connection.execute(f"INSERT INTO files VALUES ({','.join('?' * len(entry))})", entry)
-    connection.execute("INSERT INTO keys SELECT DISTINCT role, key FROM files WHERE key != ''")
-    connection.executemany("INSERT INTO strays VALUES (?, ?)", strays.items())
-    facts = {"num_files": num_files, "size_bytes": size_bytes, "fingerprint": digest.hexdigest()}
-    connection.executemany("INSERT INTO facts VALUES (?, ?)", [(name, str(value)) for name, value in facts.items()])
-    connection.commit()
-    connection.close()
+        if all(_same_bytes(inventory, first, other) for other in others):
+            same[key] += number - 1
+            continue
+        connection.execute(
+            "UPDATE files SET reason = 'conflicting_duplicate', detail = ? WHERE key = ? AND path = ?",
+            (f"it was found {number} times, with different bytes", key, path),
+        )
+        connection.execute("INSERT INTO conflicting SELECT ?1, ?2 WHERE ?1 NOT IN (SELECT key FROM conflicting)", (key, path))
+    connection.executemany("INSERT INTO repeated VALUES (?, ?)", same.items())
 
 
-def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
-    for folder, _, names in os.walk(root):
-        for name in names:
-            full = Path(folder, name)
-            status = full.lstat()
-            if stat.S_ISREG(status.st_mode):
-                yield full.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns
+def _same_bytes(inventory: Inventory, first: Entry, other: Entry) -> bool:
+    if first.size != other.size:
+        return False
+    try:
+        return inventory.read(first) == inventory.read(other)
+    except Rejected:
+        return False
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
@@ -310,8 +299,22 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     return Entry(*facts, problem=None if reason is None else (reason, detail))
 
 
-def _changed(path: str, how: str) -> str:
-    return (
-        f"{path} {how} since the archive was opened; leave the archive alone while it is converted, and begin again with "
-        "--restart."
-    )
+def _read_file(root: Path, entry: Entry) -> bytes:
+    try:
+        descriptor = os.open(root / entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise InputChangedError(changed(entry.path, "is gone")) from error
+    try:
+        now = os.fstat(descriptor)
+        if (now.st_size, now.st_mtime_ns) != (entry.size, entry.mtime_ns):
+            raise InputChangedError(changed(entry.path, f"had {entry.size} bytes and now has {now.st_size}, or a new time"))
+        data = os.read(descriptor, entry.size)
+    finally:
+        os.close(descriptor)
+    if len(data) != entry.size:
+        raise Rejected("truncated", entry.path, f"{len(data)} of its {entry.size} bytes could be read")
+    return data
+
+
+def _read_only(file: Path) -> str:
+    return f"{file.as_uri()}?mode=ro&immutable=1"
