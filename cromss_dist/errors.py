@@ -109,6 +109,12 @@ class RegistryError(CromssError):
     exit_code = 22
 
 
+class WorkerError(CromssError):
+    """A process of a parallel command died again and again."""
+
+    exit_code = 71
+
+
 class TrainingError(CromssError):
     """Training stopped: a worker failed, or the loss is not finite."""
 
@@ -121,18 +127,22 @@ def main_guard(main: Callable[[], int | None]) -> int:
     Returns:
         The process exit code: 0, the error's code, 130 after Ctrl-C, or 141 where the reader of a pipe went away.
     """
+
+    def tell(text: str, error: BaseException) -> None:
+        print(" ".join([text, *getattr(error, "__notes__", ())]), file=sys.stderr)
+
     try:
         return main() or 0
     except CromssError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        tell(f"{type(error).__name__}: {error}", error)
         return error.exit_code
     except BrokenPipeError:  # `| head` has read enough; without this the exit flushes into the pipe again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         told = StorageError.of(error)
-        print(f"StorageError: {told}", file=sys.stderr)
+        tell(f"StorageError: {told}", error)
         return told.exit_code
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        tell("Interrupted.", interrupt)
         return 130

@@ -1,18 +1,11 @@
-"""Starts the workers of a run with Ray Train; the only file that imports Ray.
+"""Starts the workers of a run with Ray Train.
 
 Layer 5.
 """
 
 import json
-import logging
-import os
-import secrets
 import signal
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +14,7 @@ from cromss_dist.config import RunConfig
 from cromss_dist.errors import ConfigError, CromssError, TrainingError
 from cromss_dist.pretrain import SUMMARY_FILE, RunSummary
 from cromss_dist.world import COLLECTIVE_TIMEOUT_S, choose_device
+from launch.parallel import cluster
 from launch.worker import ERROR_FILE, quiet, work
 
 
@@ -55,7 +49,7 @@ def run_on_ray(config: RunConfig, run_dir: Path) -> RunSummary:
     """
     workers, cpus = num_workers(config), config.launch.cpus_per_worker
     on_gpu = choose_device(config.engine.device).type == "cuda"
-    with _cluster(workers * cpus) as logs:
+    with cluster(workers * cpus, setup_hook=quiet) as logs:
         from ray.train import FailureConfig, ScalingConfig
         from ray.train import RunConfig as RayRunConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -81,40 +75,6 @@ def run_on_ray(config: RunConfig, run_dir: Path) -> RunSummary:
         finally:
             signal.signal(signal.SIGINT, handler)
     return RunSummary(**json.loads((run_dir / SUMMARY_FILE).read_text()))
-
-
-@contextmanager
-def _cluster(num_cpus: int) -> Iterator[Path]:
-    """A Ray cluster of this machine that needs a token, listens on loopback, and ends with the block.
-
-    Yields:
-        The folder of its logs.
-    """
-    with tempfile.TemporaryDirectory(prefix="cromss-ray-") as private:  # mode 0700
-        token = Path(private) / "token"
-        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-        # Ray reads these when it is imported, so the import comes after.
-        os.environ |= {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off: Ray takes the loopback address as its node's
-        }
-        import ray
-
-        try:
-            context: Any = ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"worker_process_setup_hook": quiet},
-            )
-            yield Path(str(context["session_dir"])) / "logs"
-        finally:
-            ray.shutdown()
 
 
 def _error_of_worker(run_dir: Path) -> CromssError | None:

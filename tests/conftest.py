@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.convert import write_shards
+from cromss_dist.data.convert import convert
 from cromss_dist.data.synthetic import SyntheticConfig, write_archive
 from cromss_dist.models.encoder import build_encoder, stage_channels
 from cromss_dist.schema import BANDS, NORMALISATION, Modality
@@ -94,4 +94,4 @@ def synthetic_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def synthetic_shards(synthetic_archive: Path) -> Path:
     """The shards of `synthetic_archive`. Read only."""
-    return write_shards(open_archive(synthetic_archive), synthetic_archive.with_name("shards")).folder
+    return convert(open_archive(synthetic_archive), synthetic_archive.with_name("shards")).folder

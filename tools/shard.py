@@ -1,16 +1,21 @@
-"""Converts an SSL4EO-S12 archive with NoLDO-S12 labels into verified WebDataset shards.
+"""Converts an archive into verified WebDataset shards, a Zarr cube, or both in one pass.
 
     python tools/shard.py ARCHIVE OUT
 
-ARCHIVE holds s1/, s2c/ and dw_noisy_labels/ (and dw_complete_ids.csv). OUT is created: shard-*.tar with a commit record
-each, ledger.jsonl with one line for each input location, and manifest.json. It appears in one step, after every byte
-was read back; when anything fails, nothing is left. Formats and reasons of rejection: docs/data-format.md.
+ARCHIVE is a folder: SSL4EO-S12 with NoLDO-S12 labels, unpacked or as .tar.gz, or anything that a description in
+configs/archives fits (tools/describe.py drafts one). OUT is created: shard-*.tar with a commit record each, ledger.jsonl
+with one line for each input location, and manifest.json. It appears in one step, after every byte was read back. When
+something fails, or the computer does, finished parts stay in the hidden folder .OUT.partial beside OUT, and the same
+command goes on after them. Formats and reasons of rejection: docs/data-format.md.
 
-Exit codes: 0 done; 2 wrong argument; 4 OUT is there already; 10 ARCHIVE is missing or incomplete; 11 it is empty;
-12, 13, 14 too many inputs rejected: for mixed reasons, unreadable files, empty labels.
+Exit codes: 0 done; 2 wrong argument; 3 the disk is full or refuses a file; 4 OUT is there already or is being written;
+5 an input changed; 10 ARCHIVE is missing or incomplete; 11 it is empty; 12, 13, 14 too many inputs rejected: for mixed
+reasons, unreadable files, empty labels; 71 a worker died; 130 Ctrl-C.
 """
 
 import argparse
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -20,9 +25,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.convert import Summary, check_output, write_shards
-from cromss_dist.errors import main_guard
-from cromss_dist.schema import CLASS_NAMES
+from cromss_dist.data.convert import Estimate, Runner, Summary, convert, estimate, run_here
+from cromss_dist.data.plan import locations_per_part
+from cromss_dist.data.sample import Source
+from cromss_dist.data.workplace import claimed
+from cromss_dist.errors import ConfigError, main_guard
+from launch.parallel import ray_runner
 
 
 class _Rate(ProgressColumn):
@@ -33,34 +41,72 @@ class _Rate(ProgressColumn):
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line as a namespace; --help is this file's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("archive", metavar="ARCHIVE", type=Path, help="folder of the unpacked archive")
+    parser.add_argument("archive", metavar="ARCHIVE", type=Path, help="folder of the archive")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to create")
-    parser.add_argument("--shard_size_mib", type=float, default=256, help="size of a tar at most, MiB (default: %(default)s)")
+    parser.add_argument("--description", metavar="X", help="layout: a name or file of configs/archives (default: finds out)")
+    parser.add_argument("--write", choices=("shards", "cube", "both"), help="default: shards, or what OUT has with --append")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, on Ray if above 1 (default: cores)")
+    parser.add_argument("--ray-address", metavar="HOST:PORT", help="work on this Ray cluster, whose machines see the same files")
+    parser.add_argument("--shard-size-mib", type=float, default=256, help="size of a tar at most, MiB (default: %(default)s)")
     parser.add_argument(
-        "--max_reject_fraction",
+        "--max-reject-fraction",
         type=float,
         default=0.001,
         help="share of the inputs that may be rejected, 0 to 1 (default: %(default)s)",
     )
+    parser.add_argument("--dry-run", action="store_true", help="say what it would take, and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds shards written by this tool")
-    return parser.parse_args(arguments)
+    parser.add_argument("--append", action="store_true", help="add to OUT, which holds shards written by this tool")
+    parser.add_argument("--restart", action="store_true", help="throw away what an interrupted conversion left")
+    parser.add_argument("--allow-partial", action="store_true", help="take from a cut .tar.gz what is before the cut")
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        raise ConfigError(f"--workers {options.workers} is not allowed; give 1 or more.")
+    return options
 
 
-def convert(options: argparse.Namespace, console: Console) -> Summary:
+def open_source(options: argparse.Namespace, work: Path | None) -> Source:
+    """Opens the archive; what its reader keeps goes to `work`."""
+    return open_archive(options.archive, options.description, work, options.allow_partial)
+
+
+def run(options: argparse.Namespace, console: Console) -> Summary:
     """Runs the conversion under a progress bar."""
-    check_output(options.out.absolute(), options.overwrite)
-    archive = open_archive(options.archive)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("Writing shards", total=len(archive.keys) + archive.duplicates.total())
-        return write_shards(
-            archive,
-            options.out,
-            shard_size_mib=options.shard_size_mib,
-            max_reject_fraction=options.max_reject_fraction,
-            overwrite=options.overwrite,
-            progress=lambda _key, _status: progress.advance(task),
-        )
+    with claimed(options.out, options.overwrite, options.append, options.restart) as work:
+        source = open_source(options, work.inputs)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("Converting", total=len(source.keys) + source.duplicates.total())
+            return convert(
+                source,
+                options.out,
+                write=options.write,
+                shard_size_mib=options.shard_size_mib,
+                max_reject_fraction=options.max_reject_fraction,
+                run=choose_runner(options, source),
+                progress=lambda _key, _status: progress.advance(task),
+                work=work,
+            )
+
+
+def choose_runner(options: argparse.Namespace, source: Source) -> Runner:
+    """Ray where it can help: a part is one worker's."""
+    num_parts = math.ceil(len(source.keys) / locations_per_part(source.spec, options.shard_size_mib))
+    workers = min(options.workers, num_parts)
+    return run_here if workers == 1 and options.ray_address is None else ray_runner(workers, options.ray_address)
+
+
+def show_estimate(told: Estimate, options: argparse.Namespace, console: Console) -> None:
+    """Prints what a conversion would take."""
+    table = Table(title=f"A conversion of {options.archive} to {options.out}", show_header=False, title_justify="left")
+    table.add_row("inputs", str(told.num_inputs))
+    table.add_row("bytes in", _size(told.bytes_in))
+    table.add_row("bytes out", f"{_size(told.bytes_out)} (from {told.num_tried} locations)")
+    table.add_row("free on that disk", _size(told.free_bytes))
+    table.add_row("parts", str(told.num_parts))
+    table.add_row("time", f"{_duration(told.seconds)} with {min(options.workers, told.num_parts)} workers")
+    console.print(table)
+    console.print("Nothing was written.")
 
 
 def show(summary: Summary, console: Console) -> None:
@@ -70,24 +116,43 @@ def show(summary: Summary, console: Console) -> None:
     for name, count in summary.ledger.items():
         ledger.add_row(name, str(count))
     console.print(ledger)
-    counts = summary.class_counts.sum(axis=0)
-    shares = Table("noisy label", "share of pixels, all seasons")
-    for name, count in zip((*CLASS_NAMES, "ignored"), counts, strict=True):
-        shares.add_row(name, f"{100 * count / counts.sum():.2f} %")
+    shares = Table("label", "share of pixels, all seasons")
+    total = sum(summary.class_counts.values())
+    for name, count in summary.class_counts.items():
+        shares.add_row(name, f"{100 * count / total:.2f} %")
     console.print(shares)
+    identical = summary.manifest["identical"]
+    if identical:
+        console.print(
+            f"{len(identical)} groups of locations have equal pixels, such as {', '.join(identical[0])}.", soft_wrap=True
+        )
+    cube = " and a cube" if summary.manifest["cube"] else ""
     console.print(
-        f"{summary.num_samples} samples in {summary.num_shards} shards, {summary.size_bytes / 2**20:.1f} MiB: {summary.folder}\n"
+        f"{summary.num_samples} samples in {summary.num_shards} shards{cube}, {_size(summary.size_bytes)}: {summary.folder}\n"
         f"digest {summary.digest}",
         soft_wrap=True,
         highlight=False,
     )
 
 
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses, converts, prints."""
     options = parse_arguments(arguments)
     console = Console()
-    show(convert(options, console), console)
+    if options.dry_run:
+        source = open_source(options, None)
+        told = estimate(source, options.out, options.write or "shards", options.shard_size_mib, options.workers)
+        show_estimate(told, options, console)
+    else:
+        show(run(options, console), console)
 
 
 if __name__ == "__main__":

@@ -1,266 +1,369 @@
-"""From an archive to a folder of shards: plan, read, write, verify, publish; every input is accounted for.
+"""From an archive to a dataset: plan, write parts, merge them in order, publish; every input is accounted for.
 
-All work happens in a hidden folder beside the output, which a single rename publishes once every byte was read back.
+What is written is a function of the inputs and settings alone: not of who wrote which part, in which order, or how often it
+was killed. Work goes on in a hidden folder beside the output (`workplace`), which a single rename publishes.
 """
 
 import hashlib
 import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import math
+import shutil
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+from cromss_dist.data.append import Base
+from cromss_dist.data.cubes import CUBE, RECORD, CubeFile, Row, create_cube, finish_cube, grow_cube, write_record
+from cromss_dist.data.ledger import Ledger, line_bytes
+from cromss_dist.data.parts import Assignment, Part, Progress, read_part, write_part
+from cromss_dist.data.plan import Plan, Sinks, locations_per_part, make_plan
+from cromss_dist.data.sample import Json, SampleSpec, Source
+from cromss_dist.data.shards import FORMAT, LEDGER, SCHEMA_VERSION, canonical, read_manifest, sample_bytes, write_manifest
+from cromss_dist.data.staging import atomic_file
+from cromss_dist.data.statistics import Statistics
+from cromss_dist.data.workplace import Workplace, claimed
+from cromss_dist.errors import StorageError
+from cromss_dist.failpoint import failpoint
 
-from cromss_dist.data.archive import Archive
-from cromss_dist.data.sample import Rejected, Sample
-from cromss_dist.data.shards import (
-    FORMAT,
-    LEDGER,
-    SCHEMA_VERSION,
-    Checksums,
-    ShardEntry,
-    read_manifest,
-    sample_bytes,
-    season_checksums,
-    verify_shard,
-    write_manifest,
-    write_shard,
-)
-from cromss_dist.data.staging import replacing, write_atomically
-from cromss_dist.errors import (
-    ConfigError,
-    EmptyLabelError,
-    OutputExistsError,
-    RejectedInputsError,
-    ShardError,
-    UnreadableInputError,
-)
-from cromss_dist.schema import CLASS_NAMES, IGNORE, IMAGE_ARRAYS, LABEL_ARRAY, NUM_CLASSES, NUM_SEASONS
+CUBE_SHARE = 0.75  # bytes of a cube over those of its pixels, at most: zstd at level 3 makes 0.4 to 0.7 of real ones
+SPACE_MARGIN = 1.1
 
-NUM_REJECTS_SHOWN = 5
+Shared = TypeVar("Shared")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Runner(Protocol):
+    """Calls a function on every job, somewhere, and yields the results in any order; the first error ends it."""
+
+    def __call__(
+        self, function: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job]
+    ) -> Generator[Result, None, None]:
+        """Runs the jobs."""
+
+
+def run_here(function: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job]) -> Generator[Result, None, None]:
+    """The runner that is a loop in this process."""
+    for job in jobs:
+        yield function(shared, job)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written.
+    """A finished dataset.
 
-    `ledger` counts inputs, written, duplicate and each `rejected.<reason>`; `class_counts` is int64 (4, 10): pixels a
-    season of each class, the ignored ones last.
+    Args:
+        folder: Where it is.
+        manifest: Its content, see docs/data-format.md.
     """
 
     folder: Path
-    num_samples: int
-    num_shards: int
-    size_bytes: int
-    ledger: dict[str, int]
-    class_counts: npt.NDArray[np.int64]
-    digest: str
+    manifest: Json
+
+    @property
+    def num_samples(self) -> int:
+        """Locations in it."""
+        return int(self.manifest["num_samples"])
+
+    @property
+    def num_shards(self) -> int:
+        """Tars in it."""
+        return len(self.manifest["shards"])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its tars and of its cube."""
+        cube = self.manifest["cube"]
+        return int(sum(shard["size"] for shard in self.manifest["shards"]) + (cube["size"] if cube else 0))
+
+    @property
+    def digest(self) -> str:
+        """Its name: sha256 (hex) of all that the manifest states."""
+        return str(self.manifest["digest"])
+
+    @property
+    def ledger(self) -> dict[str, int]:
+        """Counts of inputs, written, duplicate, rejected, and of each `rejected.<reason>`."""
+        stated = self.manifest["ledger"]
+        counts = {name: stated[name] for name in ("inputs", "written", "duplicate", "rejected")}
+        return counts | {f"rejected.{reason}": count for reason, count in stated["reasons"].items()}
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """Pixels of each class over all seasons, the ignored ones last."""
+        total: Counter[str] = Counter()
+        for season in self.manifest["class_counts"]:
+            total.update(season)
+        return dict(total)
 
 
-def plan_shards(archive: Archive, shard_size_mib: float) -> list[tuple[str, tuple[str, ...]]]:
-    """Name and location keys of each shard: a pure function of what the archive lists, whatever turns out unreadable.
+@dataclass(frozen=True)
+class Estimate:
+    """What a conversion would do.
 
-    Raises:
-        ConfigError: the shard size is not positive and finite.
+    Args:
+        num_inputs: Ledger lines.
+        bytes_in: Of the archive.
+        bytes_out: Of the dataset.
+        num_parts: Parts, and so tars.
+        free_bytes: On the disk of the output.
+        seconds: With as many workers as were asked for.
+        num_tried: Locations that were converted to find out.
     """
-    if not 0 < shard_size_mib < float("inf"):
-        raise ConfigError(f"shard_size_mib={shard_size_mib} is not allowed; give a size above 0, 256 or 512 for large archives.")
-    size = sample_bytes(archive.spec)
-    per_shard = max(1, int(shard_size_mib * 2**20) // size)
-    keys = archive.locations
-    return [(f"shard-{i:06d}.tar", keys[start : start + per_shard]) for i, start in enumerate(range(0, len(keys), per_shard))]
+
+    num_inputs: int
+    bytes_in: int
+    bytes_out: int
+    num_parts: int
+    free_bytes: int
+    seconds: float
+    num_tried: int
 
 
-def write_shards(
-    archive: Archive,
+def convert(
+    source: Source,
     out: str | Path,
+    *,
+    write: Sinks | None = None,
     shard_size_mib: float = 256,
     max_reject_fraction: float = 0.001,
     overwrite: bool = False,
-    progress: Callable[[str, str], None] | None = None,
+    append: bool = False,
+    restart: bool = False,
+    run: Runner = run_here,
+    progress: Progress | None = None,
+    work: Workplace | None = None,
 ) -> Summary:
-    """Converts an archive into shards, or leaves nothing behind.
+    """Converts an archive, going on where a killed call of the same arguments was.
 
     Args:
-        archive: From `open_archive`.
+        source: From `open_archive`.
         out: Folder to create.
-        shard_size_mib: Size of a tar, at most, MiB; a shard has at least one sample.
+        write: 'shards', 'cube' or 'both'; None: shards, or what `out` consists of where it is appended to.
+        shard_size_mib: Size of a tar, at most, MiB; a shard has at least one sample. Appended parts are as large as those there.
         max_reject_fraction: Share of the inputs that may be rejected, in [0, 1].
         overwrite: Whether an earlier output of ours at `out` is replaced.
+        append: Whether an earlier output of ours at `out` is added to. A key that is there already is a duplicate if its
+            pixels are equal, and rejected if not.
+        restart: Whether what a killed call left is thrown away.
+        run: Who writes the parts.
         progress: Called with key and status (written, rejected, duplicate) as inputs are done.
+        work: Where to work, from `claimed(out, ...)`; None: claims it.
 
     Raises:
-        OutputExistsError: `out` is there, and is not to be, or must not be, replaced.
+        OutputExistsError: `out` is there, and is not to be, or must not be, replaced; or another converter writes it.
         UnreadableInputError, EmptyLabelError, RejectedInputsError: too many inputs were rejected, mostly because files
             are damaged, labels are empty, or for other reasons. Stops at the first too many.
-        ConfigError: an argument is out of range.
+        InputChangedError: the inputs are not those the conversion was begun with.
+        StorageError: the disk has too little space.
+        ConfigError: an argument is out of range, or differs from that of the call that is gone on with.
     """
-    out = Path(os.path.abspath(out))
-    if not 0 <= max_reject_fraction <= 1:
-        raise ConfigError(f"max_reject_fraction={max_reject_fraction} is not allowed; give a share in [0, 1].")
-    check_output(out, overwrite)
-    plan = plan_shards(archive, shard_size_mib)
-    with replacing(out) as staging:
-        ledger, statistics = _Ledger(archive, max_reject_fraction, progress), _Statistics()
-        entries = []
-        for name, keys in plan:
-            if entry := write_shard(staging, name, _read_samples(archive, name, keys, ledger, statistics)):
-                verify_shard(staging, entry)
-                entries.append(entry)
-        if not entries:
-            raise ledger.too_many()
-        write_atomically(staging / LEDGER, ledger.text)
-        digest = write_manifest(staging, _manifest_content(archive, entries, ledger, statistics))
-        read_manifest(staging)
-    return Summary(
-        folder=out,
-        num_samples=ledger.counts["written"],
-        num_shards=len(entries),
-        size_bytes=sum(entry.size for entry in entries),
-        ledger={
-            "inputs": _num_inputs(archive),
-            **ledger.counts,
-            **{f"rejected.{r}": n for r, n in sorted(ledger.reasons.items())},
-        },
-        class_counts=statistics.class_counts,
-        digest=digest,
+    with claimed(out, overwrite, append, restart) if work is None else nullcontext(work) as place:
+        return _Conversion(source, place, write, shard_size_mib, max_reject_fraction).run(run, progress)
+
+
+class _Conversion:
+    def __init__(
+        self, source: Source, work: Workplace, write: Sinks | None, shard_size_mib: float, max_reject_fraction: float
+    ) -> None:
+        self.source, self.work, self.write = source, work, write
+        self.max_reject_fraction = max_reject_fraction
+        self.num_inputs = len(source.keys) + source.duplicates.total()
+        self.per_part = locations_per_part(source.spec, shard_size_mib)
+        self.ledger = Ledger(self.num_inputs, max_reject_fraction)  # of this run; says when there are too many rejects
+
+    def run(self, run: Runner, progress: Progress | None) -> Summary:
+        work = self.work
+        if work.is_published:
+            if self._was_published():
+                return Summary(work.out, read_manifest(work.out))
+            work.clear()
+            work.check_output()
+        base = Base.of(work.out) if work.append else None
+        plan = self._plan(base)
+        if work.plan.exists():
+            plan.check_resumes(json.loads(work.plan.read_bytes()), "pass --restart to begin anew")
+        work.prepare(canonical(plan.content))
+        known = base.pixels() if base else {}
+        here = progress if run is run_here else None
+        assignment = Assignment(self.source, plan, work, known, self.max_reject_fraction, here)
+        missing = []
+        for number in plan.parts:
+            if part := read_part(assignment, number):
+                self._count(part.lines, progress)
+            else:
+                missing.append(number)
+        check_space(self.source.spec, plan.sinks, sum(len(plan.keys_of(number)) for number in missing), work.out.parent)
+        self._lay_out(plan, base)
+        with closing(run(write_part, assignment, missing)) as results:
+            for lines in results:
+                self._count(lines, None if here else progress)
+        if base is None and not self.ledger.counts["written"]:
+            raise self.ledger.too_many()
+        manifest = self._finish(assignment, base)
+        work.publish()
+        return Summary(work.out, manifest)
+
+    def _was_published(self) -> bool:
+        """Whether what a killed converter published from here is what is wanted."""
+        begun = json.loads(self.work.plan.read_bytes())
+        write, per_part = (begun["write"], begun["locations_per_part"]) if self.work.append else (self.write, self.per_part)
+        plan = make_plan(self.source, write or "shards", per_part, begun["first_part"], begun["base"])
+        return plan.content == begun and self.write in (None, plan.sinks)
+
+    def _plan(self, base: Base | None) -> Plan:
+        if base is None:
+            return make_plan(self.source, self.write or "shards", self.per_part)
+        base.check_takes(self.source.spec, self.write)
+        return make_plan(self.source, base.sinks, base.locations_per_part, base.num_parts, base.manifest["digest"])
+
+    def _count(self, lines: Sequence[Json], progress: Progress | None) -> None:
+        for line in lines:
+            if progress:
+                progress(line["key"], line["status"])
+            self.ledger.add(line)
+
+    def _lay_out(self, plan: Plan, base: Base | None) -> None:
+        """Makes what parts are written into."""
+        if base:
+            base.link_into(self.work.result)
+        if plan.has_cube:
+            cube, num_rows = self.work.result / CUBE, plan.first_part * plan.per_part + len(plan.keys)
+            if base:
+                grow_cube(cube, self.source.spec, num_rows)
+            else:
+                create_cube(cube, self.source.spec, num_rows, plan.per_part)
+
+    def _finish(self, assignment: Assignment, base: Base | None) -> Json:
+        """Merges the parts in order and writes what is beside them, the manifest last."""
+        plan, spec, result = assignment.plan, self.source.spec, self.work.result
+        ledger = Ledger(self.num_inputs + (base.manifest["ledger"]["inputs"] if base else 0), 1)
+        statistics = base.statistics(spec) if base else Statistics(spec)
+        shards = base.shards if base else []
+        rows = base.rows() if base and plan.has_cube else []
+        files = {file.path: file for file in base.cube_files()} if base and plan.has_cube else {}
+        keys_of: defaultdict[str, list[str]] = defaultdict(list)
+        sha256 = hashlib.sha256()
+        with atomic_file(result / LEDGER) as file:
+
+            def tell(line: Json) -> None:
+                ledger.add(line)
+                if line["status"] == "written":
+                    keys_of[line["pixels"]].append(line["key"])
+                data = line_bytes(line)
+                sha256.update(data)
+                file.write(data)
+
+            for line in base.lines() if base else ():
+                tell(line)
+            for number in plan.parts:
+                part = _committed(assignment, number)
+                for line in part.lines:
+                    tell(line)
+                statistics += part.statistics
+                shards += [part.shard] if part.shard else []
+                rows += [Row("", None) if row is None else Row(row["key"], row) for row in part.rows]
+                files |= {cube_file.path: cube_file for cube_file in part.cube}
+        cube = self._finish_cube(spec, rows, files) if plan.has_cube else None
+        cube_names = {f"{CUBE}/{path}" for path in files} | ({RECORD} if cube else set())
+        _keep_only(result, {name for shard in shards for name in (shard.name, shard.record)} | cube_names | {LEDGER})
+        asides = Counter(self.source.asides)
+        if base:
+            asides.update(base.manifest["ledger"]["asides"])
+        failpoint("before_manifest")
+        write_manifest(
+            result,
+            {
+                "format": FORMAT,
+                "schema_version": SCHEMA_VERSION,
+                "patch_px": spec.patch_px,
+                "num_samples": ledger.counts["written"],
+                "arrays": spec.arrays(),
+                "normalisation": spec.contracts(),
+                "normalised_by": spec.normalised_by,
+                **statistics.to_json(),
+                "ledger": {**ledger.to_json(), "asides": dict(sorted(asides.items())), "sha256": sha256.hexdigest()},
+                "identical": sorted(keys for keys in keys_of.values() if len(keys) > 1),
+                "parts": {"count": plan.parts.stop, "locations_per_part": plan.per_part},
+                "shards": [shard.to_json() for shard in shards],
+                "cube": cube,
+            },
+        )
+        return read_manifest(result)
+
+    def _finish_cube(self, spec: SampleSpec, rows: Sequence[Row], files: dict[str, CubeFile]) -> Json:
+        """Coordinates, metadata and record; adds the files it writes to `files`."""
+        files |= {file.path: file for file in finish_cube(self.work.result / CUBE, spec, rows)}
+        return write_record(self.work.result, files.values())
+
+
+def _committed(assignment: Assignment, number: int) -> Part:
+    part = read_part(assignment, number)
+    assert part is not None, f"part {number} was committed and is gone"
+    return part
+
+
+def _keep_only(folder: Path, names: set[str]) -> None:
+    """Removes what a killed converter wrote and this one did not."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.relative_to(folder).as_posix() not in names:
+            path.unlink()
+
+
+def output_bytes(spec: SampleSpec, sinks: Sinks, num_samples: int) -> int:
+    """Bytes of a dataset, at most, but for what compresses badly."""
+    pixels = sum(math.prod(spec.shape(name)) for name in spec.names)
+    each = (sinks != "cube") * sample_bytes(spec) + (sinks != "shards") * CUBE_SHARE * pixels
+    return math.ceil(each * num_samples)
+
+
+def check_space(spec: SampleSpec, sinks: Sinks, num_samples: int, folder: Path) -> None:
+    """Raises StorageError if `folder` has too little space for so many samples."""
+    needed, free = int(output_bytes(spec, sinks, num_samples) * SPACE_MARGIN), shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"{folder} has {free / 2**30:.1f} GiB free, and {num_samples} locations may need {needed / 2**30:.1f} GiB. Free "
+            "some, or choose a folder on another disk."
+        )
+
+
+def estimate(source: Source, out: Path, write: Sinks, shard_size_mib: float, workers: int, num_tried: int = 8) -> Estimate:
+    """Says what a conversion would take, from converting a few locations in a temporary folder.
+
+    Args:
+        source: The archive.
+        out: The output; its disk is looked at.
+        write: What would be written.
+        shard_size_mib: Size of a tar, at most, MiB.
+        workers: That would share the work.
+        num_tried: Locations to convert, spread over the archive.
+    """
+    per_part = locations_per_part(source.spec, shard_size_mib)
+    plan = make_plan(source, write, per_part)
+    keys = plan.keys[:: max(1, len(plan.keys) // num_tried)][:num_tried]
+    tried = Plan(keys, len(keys), 0, write, plan.content)
+    with tempfile.TemporaryDirectory(prefix="cromss-try-") as folder:
+        work = Workplace(Path(folder) / "out", overwrite=False, append=False)
+        work.folder.mkdir()
+        work.prepare(canonical(tried.content))
+        if tried.has_cube:
+            create_cube(work.result / CUBE, source.spec, len(keys), len(keys))
+        started = time.perf_counter()
+        write_part(Assignment(source, tried, work, {}, 1), 0)
+        seconds = time.perf_counter() - started
+        size = sum(path.stat().st_size for path in work.result.rglob("*") if path.is_file())
+    share = len(plan.keys) / len(keys)
+    return Estimate(
+        num_inputs=len(plan.keys) + source.duplicates.total(),
+        bytes_in=source.size_bytes,
+        bytes_out=int(size * share),
+        num_parts=len(plan.parts),
+        free_bytes=shutil.disk_usage(out.absolute().parent).free,
+        seconds=seconds * share / min(workers, len(plan.parts)),
+        num_tried=len(keys),
     )
-
-
-def check_output(out: Path, overwrite: bool) -> None:
-    """Raises OutputExistsError unless `out` is free or may be replaced, ConfigError unless its parent is there."""
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent} is not a folder; create it, or choose another place for the output.")
-    if not os.path.lexists(out):
-        return
-    if not overwrite:
-        raise OutputExistsError(
-            f"{out} is there already; choose another folder, or pass --overwrite to replace shards written earlier."
-        )
-    if out.is_symlink():
-        raise OutputExistsError(f"{out} is a link and is not replaced; give the folder it points to, {out.resolve()}.")
-    try:
-        read_manifest(out)
-    except ShardError as error:
-        raise OutputExistsError(f"{out} is not replaced, because it does not look like shards of ours: {error}") from error
-
-
-class _Ledger:
-    """One line an input: written, rejected for a reason, or duplicate."""
-
-    def __init__(self, archive: Archive, max_reject_fraction: float, progress: Callable[[str, str], None] | None) -> None:
-        self.num_inputs = _num_inputs(archive)
-        self.max_rejects = int(max_reject_fraction * _num_inputs(archive))
-        self.progress = progress
-        self.counts = Counter({"written": 0, "duplicate": 0, "rejected": 0})
-        self.reasons: Counter[str] = Counter()
-        self.notes: Counter[str] = Counter()
-        self.rejects: list[Rejected] = []
-        self.lines: list[str] = []
-
-    @property
-    def text(self) -> bytes:
-        return "".join(f"{line}\n" for line in self.lines).encode()
-
-    def add(self, key: str, status: str, **more: Any) -> None:
-        self.counts[status] += 1
-        self.lines.append(json.dumps({"key": key, "status": status, **more}))
-        if self.progress:
-            self.progress(key, status)
-
-    def reject(self, key: str, error: Rejected) -> None:
-        self.reasons[error.reason] += 1
-        if len(self.rejects) < NUM_REJECTS_SHOWN:
-            self.rejects.append(error)
-        self.add(key, "rejected", reason=error.reason, path=error.path, detail=error.detail)
-        if self.counts["rejected"] > self.max_rejects:
-            raise self.too_many()
-
-    def too_many(self) -> RejectedInputsError:
-        reason = self.reasons.most_common(1)[0][0]
-        kinds = {"truncated": UnreadableInputError, "unreadable": UnreadableInputError, "label_empty": EmptyLabelError}
-        return kinds.get(reason, RejectedInputsError)(
-            f"{self.counts['rejected']} of the first {self.counts.total()} inputs (of {self.num_inputs}) were rejected, "
-            f"{self.max_rejects} are allowed, and nothing was written. First rejects: {'; '.join(map(str, self.rejects))}. "
-            "Mend or remove these locations, or raise --max_reject_fraction if their loss is acceptable."
-        )
-
-
-class _Statistics:
-    """Exact counts over all written samples: class pixels a season, uint8 histograms a band."""
-
-    def __init__(self) -> None:
-        self.class_counts = np.zeros((NUM_SEASONS, NUM_CLASSES + 1), np.int64)
-        self.histograms = {(spec.name, band): np.zeros(256, np.int64) for spec in IMAGE_ARRAYS for band in spec.bands}
-
-    def add(self, sample: Sample) -> None:
-        for season, label in enumerate(sample.arrays[LABEL_ARRAY]):
-            counts = np.bincount(label.ravel(), minlength=256)
-            self.class_counts[season] += np.append(counts[:NUM_CLASSES], counts[IGNORE])
-        for spec in IMAGE_ARRAYS:
-            for index, band in enumerate(spec.bands):
-                self.histograms[spec.name, band] += np.bincount(sample.arrays[spec.name][:, index].ravel(), minlength=256)
-
-    def bands(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Mean and standard deviation of each band's stored uint8 values, by modality."""
-        values = np.arange(256)
-        result: dict[str, dict[str, dict[str, float]]] = {}
-        for spec in IMAGE_ARRAYS:
-            for band in spec.bands:
-                histogram = self.histograms[spec.name, band]
-                mean = float(histogram @ values / histogram.sum())
-                variance = float(histogram @ (values - mean) ** 2 / histogram.sum())
-                result.setdefault(str(spec.modality), {})[band] = {"mean": round(mean, 6), "std": round(variance**0.5, 6)}
-        return result
-
-
-def _num_inputs(archive: Archive) -> int:
-    return len(archive.keys) + archive.duplicates.total()
-
-
-def _read_samples(
-    archive: Archive, shard: str, keys: tuple[str, ...], ledger: _Ledger, statistics: _Statistics
-) -> Iterator[tuple[Sample, Checksums]]:
-    repeated = archive.duplicates
-    for key in keys:
-        try:
-            sample = archive.read(key)
-        except Rejected as error:
-            ledger.reject(key, error)
-        else:
-            statistics.add(sample)
-            ledger.add(key, "written", shard=shard, notes=list(sample.notes))
-            ledger.notes.update(sample.notes)
-            yield sample, season_checksums(sample)
-        for _ in range(repeated[key]):
-            ledger.add(key, "duplicate")
-
-
-def _manifest_content(archive: Archive, entries: list[ShardEntry], ledger: _Ledger, statistics: _Statistics) -> dict[str, Any]:
-    assert ledger.counts.total() == _num_inputs(archive), f"{ledger.counts} do not add up to {_num_inputs(archive)} inputs"
-    assert ledger.counts["written"] == sum(entry.samples for entry in entries)
-    return {
-        "format": FORMAT,
-        "schema_version": SCHEMA_VERSION,
-        "patch_px": archive.patch_px,
-        "num_samples": ledger.counts["written"],
-        "arrays": archive.spec.arrays(),
-        "normalisation": archive.spec.contracts(),
-        "normalised_by": archive.spec.normalised_by,
-        "band_statistics": {"units": "stored uint8, 0-255", **statistics.bands()},
-        "class_counts": [dict(zip((*CLASS_NAMES, "ignored"), map(int, row), strict=True)) for row in statistics.class_counts],
-        "ledger": {
-            "inputs": _num_inputs(archive),
-            **ledger.counts,
-            "reasons": dict(sorted(ledger.reasons.items())),
-            "notes": dict(sorted(ledger.notes.items())),
-            "unlabelled": archive.unlabelled,
-            "strays": archive.strays,
-            "sha256": hashlib.sha256(ledger.text).hexdigest(),
-        },
-        "shards": [asdict(entry) for entry in entries],
-    }

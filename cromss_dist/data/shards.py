@@ -60,6 +60,15 @@ class ShardEntry:
     sha256: str
     record_sha256: str
 
+    @property
+    def record(self) -> str:
+        """File name of its commit record."""
+        return self.name.removesuffix(".tar") + ".json"
+
+    def to_json(self) -> Json:
+        """As the manifest has it."""
+        return asdict(self)
+
 
 def block_bytes(spec: Json) -> int:
     """Bytes of one season of an array."""
@@ -114,7 +123,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[tuple[Sample, Checksu
     iterator = iter(samples)
     if (first := next(iterator, None)) is None:
         return None
-    members = []
+    members: list[tuple[str, tuple[Member, ...]]] = []
 
     def entry() -> ShardEntry:
         return ShardEntry(name, len(members), file.size, file.sha256.hexdigest(), hashlib.sha256(record()).hexdigest())
@@ -129,13 +138,9 @@ def write_shard(folder: Path, name: str, samples: Iterable[tuple[Sample, Checksu
         failpoint("mid_write")
         members.extend((sample.key, _write_sample(file, sample, checksums)) for sample, checksums in iterator)
         file.write(bytes(-(file.size + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE + 2 * BLOCK_BYTES))  # end of archive
-    write_atomically(folder / record_name(name), record())
-    return entry()
-
-
-def record_name(shard: str) -> str:
-    """File name of a shard's commit record."""
-    return shard.removesuffix(".tar") + ".json"
+    written = entry()
+    write_atomically(folder / written.record, record())
+    return written
 
 
 def write_manifest(folder: Path, content: Json) -> str:
@@ -186,7 +191,7 @@ def read_record(folder: Path, entry: ShardEntry) -> list[tuple[str, tuple[Member
     Raises:
         ShardError: the record is missing or not the one the manifest was made with.
     """
-    path = folder / record_name(entry.name)
+    path = folder / entry.record
     if not path.is_file():
         raise ShardError(f"{path} is missing: {entry.name} has no commit record. Restore it or shard the archive again.")
     data = path.read_bytes()
@@ -219,11 +224,8 @@ def _verify_tar(path: Path, entry: ShardEntry, samples: list[tuple[str, tuple[Me
                 file.seek(member.offset)
                 if google_crc32c.value(file.read(member.size)) != member.crc32c:
                     raise ShardError(f"{path}: sample {key}, member {member.name}: the bytes do not match their CRC-32C.")
-    found = []
     with tarfile.open(path, "r:") as tar:
-        for info in tar:
-            found.append((info.name, info.offset_data, info.size))
-            tar.members.clear()
+        found = [(info.name, info.offset_data, info.size) for info in tar]
     if found != [(f"{member_key(key)}.{m.name}", m.offset, m.size) for key, members in samples for m in members]:
         raise ShardError(f"{path}: the tar's members are not those of its commit record.")
 

@@ -1,5 +1,7 @@
-"""A folder that appears whole or not at all: both archives and shards are written through it."""
+"""Files and folders that appear whole or not at all: what archives, shards and manifests are written through."""
 
+import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -10,6 +12,8 @@ from typing import BinaryIO
 
 from cromss_dist.errors import OutputExistsError
 from cromss_dist.failpoint import failpoint
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: fcntl.h, linux/fs.h
 
 
 @contextmanager
@@ -79,6 +83,23 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Puts a file of these bytes at `path`, whole and on disk, or raises and leaves what was there."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def exchange(one: Path, other: Path, aside: Path) -> None:
+    """Swaps two folders, so that who looks at either name finds one or the other; what was `other` ends at `one`.
+
+    On file systems that cannot do it in one step (NFS) there is a moment without `other`; a crash then leaves it at `aside`.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    with suppress(AttributeError):  # a C library without it
+        done = libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+        if done == 0:
+            return
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
 
 
 def sync_folder(folder: Path) -> None:

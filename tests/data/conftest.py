@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.convert import write_shards
+from cromss_dist.data.convert import convert
 from tests.data.tiny_archive import KEYS, write_archive
 
 
@@ -19,7 +19,7 @@ def archive_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards_template(archive_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three locations in two shards."""
     out = tmp_path_factory.mktemp("template") / "shards"
-    return write_shards(open_archive(archive_template), out, shard_size_mib=0.3).folder
+    return convert(open_archive(archive_template), out, shard_size_mib=0.3).folder
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.convert import write_shards
+from cromss_dist.data.convert import convert
 from cromss_dist.data.index import open_shards
 from cromss_dist.data.shards import canonical
 from cromss_dist.errors import ShardError
@@ -35,7 +35,7 @@ def test_any_season_of_any_location_equals_the_archive(shards: Path, archive_tem
 
 def test_real_locations_come_back_as_they_were_read(mini_archive: Path, tmp_path: Path) -> None:
     archive = open_archive(mini_archive)
-    write_shards(archive, tmp_path / "out", shard_size_mib=8)
+    convert(archive, tmp_path / "out", shard_size_mib=8)
     index = open_shards(tmp_path / "out")
     expected = archive.read("0900303").arrays
     for name, array in index.read(index.locations.index("0900303"), 2, index.arrays).items():

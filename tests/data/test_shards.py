@@ -14,7 +14,8 @@ import pytest
 import webdataset
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.convert import plan_shards, write_shards
+from cromss_dist.data.convert import convert
+from cromss_dist.data.plan import locations_per_part
 from cromss_dist.data.shards import manifest_entries, read_manifest, verify_shard
 from cromss_dist.errors import (
     ConfigError,
@@ -64,14 +65,14 @@ def test_members_have_a_fixed_order_and_fixed_headers(shards: Path) -> None:
 
 
 def test_equal_input_gives_equal_bytes(shards: Path, archive_root: Path, tmp_path: Path) -> None:
-    write_shards(open_archive(archive_root), tmp_path / "again", shard_size_mib=0.3)
+    convert(open_archive(archive_root), tmp_path / "again", shard_size_mib=0.3)
     assert contents(tmp_path / "again") == contents(shards)
 
 
 def test_a_tar_has_the_size_it_is_planned_to_have(shards: Path, archive_template: Path) -> None:
-    archive = open_archive(archive_template)
-    assert [keys for _, keys in plan_shards(archive, 0.3)] == [KEYS[:2], KEYS[2:]]
-    assert [keys for _, keys in plan_shards(archive, 0.001)] == [(key,) for key in KEYS]
+    spec = open_archive(archive_template).spec
+    assert locations_per_part(spec, 0.3) == 2
+    assert locations_per_part(spec, 0.001) == 1
     assert all(path.stat().st_size <= 0.3 * 2**20 for path in shards.glob("*.tar"))
 
 
@@ -90,7 +91,7 @@ def test_manifest_states_normalisation_counts_and_statistics(shards: Path, archi
 
 
 def test_uint8_archives_are_stored_as_they_are_and_say_so(uint8_archive: Path, tmp_path: Path) -> None:
-    write_shards(open_archive(uint8_archive), tmp_path / "out")
+    convert(open_archive(uint8_archive), tmp_path / "out")
     assert read_manifest(tmp_path / "out")["normalised_by"] == {"s1": "archive", "s2": "archive"}
 
 
@@ -98,7 +99,7 @@ def test_uint8_archives_are_stored_as_they_are_and_say_so(uint8_archive: Path, t
 def test_each_trap_has_its_line_and_the_ledger_adds_up(archive_root: Path, tmp_path: Path, trap: str) -> None:
     reason, damage = TRAPS[trap]
     damage(archive_root)
-    summary = write_shards(open_archive(archive_root), tmp_path / "out", max_reject_fraction=0.5)
+    summary = convert(open_archive(archive_root), tmp_path / "out", max_reject_fraction=0.5)
     lines = [line for line in ledger(tmp_path / "out") if line["status"] == "rejected"]
     assert [(line["key"], line["reason"]) for line in lines] == [("0000012", reason)]
     counts = read_manifest(tmp_path / "out")["ledger"]
@@ -109,7 +110,7 @@ def test_each_trap_has_its_line_and_the_ledger_adds_up(archive_root: Path, tmp_p
 
 def test_a_repeated_line_is_a_duplicate_and_written_once(archive_root: Path, tmp_path: Path) -> None:
     append_line(archive_root, "12", *S2_SCENES)
-    summary = write_shards(open_archive(archive_root), tmp_path / "out")
+    summary = convert(open_archive(archive_root), tmp_path / "out")
     assert summary.ledger == {"inputs": 4, "written": 3, "duplicate": 1, "rejected": 0}
     assert [(line["key"], line["status"]) for line in ledger(tmp_path / "out")][1:3] == [
         ("0000012", "written"),
@@ -119,7 +120,7 @@ def test_a_repeated_line_is_a_duplicate_and_written_once(archive_root: Path, tmp
 
 def test_a_shard_without_samples_is_not_written(archive_root: Path, tmp_path: Path) -> None:
     cut(archive_root / S2_FOLDER / "B3.tif", 0.5)
-    write_shards(open_archive(archive_root), tmp_path / "out", shard_size_mib=0.001, max_reject_fraction=0.5)
+    convert(open_archive(archive_root), tmp_path / "out", shard_size_mib=0.001, max_reject_fraction=0.5)
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["shard-000000.tar", "shard-000002.tar"]
 
 
@@ -138,7 +139,7 @@ def test_too_many_rejects_stop_early_name_the_path_and_leave_nothing(
     before = sorted(os.listdir(tmp_path))
     seen: list[str] = []
     with pytest.raises(RejectedInputsError, match="0000012") as raised:
-        write_shards(open_archive(archive_root), tmp_path / "out", progress=lambda key, _: seen.append(key))
+        convert(open_archive(archive_root), tmp_path / "out", progress=lambda key, _: seen.append(key))
     assert type(raised.value) is error
     assert seen == ["0000003", "0000012"]
     assert sorted(os.listdir(tmp_path)) == before
@@ -149,7 +150,7 @@ def test_an_interrupt_leaves_nothing(archive_root: Path, tmp_path: Path) -> None
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(open_archive(archive_root), tmp_path / "out", progress=interrupt)
+        convert(open_archive(archive_root), tmp_path / "out", progress=interrupt)
     assert os.listdir(tmp_path) == ["archive"]
 
 
@@ -160,11 +161,11 @@ def test_an_output_that_is_there_is_kept_unless_it_is_ours_and_may_go(archive_ro
     (out / "thesis.txt").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(OutputExistsError):
-            write_shards(archive, out, overwrite=overwrite)
+            convert(archive, out, overwrite=overwrite)
     assert (out / "thesis.txt").read_text() == "precious"
     shutil.rmtree(out)
-    first = write_shards(archive, out).digest
-    assert write_shards(archive, out, overwrite=True).digest == first
+    first = convert(archive, out).digest
+    assert convert(archive, out, overwrite=True).digest == first
     assert sorted(os.listdir(tmp_path)) == ["archive", "out"]
 
 
@@ -180,7 +181,7 @@ def test_an_output_that_is_there_is_kept_unless_it_is_ours_and_may_go(archive_ro
 def test_arguments_out_of_range_are_config_errors(archive_template: Path, tmp_path: Path, arguments: dict[str, float]) -> None:
     archive = open_archive(archive_template)
     with pytest.raises(ConfigError, match=next(iter(arguments))):
-        write_shards(archive, tmp_path / "out", **arguments)  # type: ignore[arg-type]
+        convert(archive, tmp_path / "out", **arguments)  # type: ignore[arg-type]
 
 
 def test_a_link_to_shards_is_not_replaced_and_nothing_is_left(shards: Path, archive_template: Path) -> None:
@@ -188,7 +189,7 @@ def test_a_link_to_shards_is_not_replaced_and_nothing_is_left(shards: Path, arch
     link.symlink_to(shards)
     before = contents(shards)
     with pytest.raises(OutputExistsError, match=f"is a link.*{shards}"):
-        write_shards(open_archive(archive_template), link, overwrite=True)
+        convert(open_archive(archive_template), link, overwrite=True)
     assert contents(shards) == before
     assert sorted(os.listdir(shards.parent)) == ["link", "shards"]
 

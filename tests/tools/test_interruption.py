@@ -1,4 +1,4 @@
-"""What the tools leave behind when they are interrupted or the disk refuses a file: nothing."""
+"""What the tools leave behind when they are interrupted or the disk refuses a file: nothing, or what can be gone on with."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SYNTH = ("synth.py", "out", "--locations", "500", "--size_px", "96")
-SHARD = ("shard.py", "archive", "out", "--shard_size_mib", "0.5")
+SHARD = ("shard.py", "archive", "out", "--shard-size-mib", "0.5")
 
 
 def start(folder: Path, tool: str, *arguments: str, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
@@ -42,17 +42,37 @@ def workplace(tmp_path: Path, synthetic_archive: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("command", "sign"),
-    [((*SYNTH, "--workers", "1"), "label.tif"), ((*SYNTH, "--workers", "2"), "label.tif"), (SHARD, "*.tar")],
-    ids=["synth, one process", "synth, two workers", "shard"],
+    "command",
+    [(*SYNTH, "--workers", "1"), (*SYNTH, "--workers", "2")],
+    ids=["synth, one process", "synth, two workers"],
 )
-def test_ctrl_c_leaves_neither_files_nor_processes(workplace: Path, command: tuple[str, ...], sign: str) -> None:
+def test_ctrl_c_leaves_neither_files_nor_processes(workplace: Path, command: tuple[str, ...]) -> None:
     process = start(workplace, *command)
-    while not any(workplace.glob(f".out.*/**/{sign}")):  # until it is at work
+    while not any(workplace.glob(".out.*/**/label.tif")):  # until it is at work
         assert process.poll() is None
         time.sleep(0.01)
-    interrupt(process)
+    assert interrupt(process) == "Interrupted.\n"
     assert os.listdir(workplace) == ["archive"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_keeps_finished_shards_and_the_same_command_goes_on(workplace: Path, workers: str) -> None:
+    command = (*SHARD, "--workers", workers)
+    process = start(workplace, *command)
+    while not any(workplace.glob(".out.partial/parts/*.json")):  # until a part is finished
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert re.fullmatch(
+        r"Interrupted\. \d+ finished parts are kept in .*/\.out\.partial: .* goes on after them\.\n", interrupt(process)
+    )
+    kept = {path: path.stat().st_mtime_ns for path in workplace.glob(".out.partial/parts/*.json")}
+    stamps = {path.name: path.stat().st_mtime_ns for path in workplace.glob(".out.partial/result/*.tar")}
+    again = start(workplace, *command)
+    assert again.communicate(timeout=120)[1] == ""
+    assert sorted(os.listdir(workplace)) == ["archive", "out"]
+    for path in kept:
+        tar = path.name.replace("part", "shard").replace("json", "tar")
+        assert (workplace / "out" / tar).stat().st_mtime_ns == stamps[tar]
 
 
 def test_workers_leave_ctrl_c_to_the_tool(workplace: Path) -> None:
@@ -66,15 +86,16 @@ def test_workers_leave_ctrl_c_to_the_tool(workplace: Path) -> None:
     assert [int(mask.group(1), 16) >> (signal.SIGINT - 1) & 1 for mask in blocked if mask] == [1, 1]
 
 
-def interrupt(process: subprocess.Popen[str]) -> None:
-    """Ctrl-C to the process group: one word, the shell's exit code, and no process that goes on."""
+def interrupt(process: subprocess.Popen[str]) -> str:
+    """Ctrl-C to the process group: the shell's exit code, and no process that goes on; returns what was said."""
     os.killpg(process.pid, signal.SIGINT)
     error = process.communicate(timeout=60)[1]
-    assert (process.returncode, error) == (130, "Interrupted.\n")
+    assert process.returncode == 130
     deadline = time.monotonic() + 30
     while _running(process.pid) and time.monotonic() < deadline:  # helpers end a moment after the tool
         time.sleep(0.05)
     assert _running(process.pid) == []
+    return error
 
 
 def _running(group: int) -> list[str]:
@@ -84,7 +105,9 @@ def _running(group: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [(*SYNTH, "--workers", "1"), (*SYNTH, "--workers", "2"), SHARD], ids=["synth", "synth, two workers", "shard"]
+    "command",
+    [(*SYNTH, "--workers", "1"), (*SYNTH, "--workers", "2"), (*SHARD, "--workers", "1")],
+    ids=["synth", "synth, two workers", "shard"],
 )
 def test_a_disk_that_refuses_a_file_is_an_error_and_leaves_nothing(workplace: Path, command: tuple[str, ...]) -> None:
     # A limit on the size of files is refused where a full disk is: when the bytes are written.

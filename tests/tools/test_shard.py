@@ -23,7 +23,7 @@ def shard(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_run_prints_ledger_and_classes_and_a_second_one_is_refused(archive: Path, tmp_path: Path) -> None:
-    done = shard(archive, tmp_path / "out", "--shard_size_mib", "0.3")
+    done = shard(archive, tmp_path / "out", "--shard-size-mib", "0.3", "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert "3 samples in 2 shards" in done.stdout
     assert "flooded_vegetation" in done.stdout
@@ -62,10 +62,10 @@ def test_missing_and_empty_archives_and_wrong_arguments_have_their_exit_codes(ar
         (tmp_path / "empty" / folder).mkdir(parents=True)
     assert shard(tmp_path / "nowhere", tmp_path / "out").returncode == 10
     assert shard(tmp_path / "empty", tmp_path / "out").returncode == 11
-    assert shard(archive, tmp_path / "out", "--max_reject_fraction", "2").returncode == 2
+    assert shard(archive, tmp_path / "out", "--max-reject-fraction", "2").returncode == 2
     assert os.listdir(tmp_path) == ["empty"]
 
 
 def test_help_names_arguments_and_exit_codes() -> None:
     text = shard("--help").stdout
-    assert all(word in text for word in ("ARCHIVE", "--shard_size_mib", "--max_reject_fraction", "Exit codes", "ledger.jsonl"))
+    assert all(word in text for word in ("ARCHIVE", "--shard-size-mib", "--max-reject-fraction", "Exit codes", "ledger.jsonl"))
