@@ -209,7 +209,7 @@ class ArchiveDescription:
 
     def _check_pieces(self) -> None:
         """Raises ConfigError where a template lacks a piece that tells locations or seasons apart, or will not compile."""
-        needed = pieces(self.key)
+        rules, needed = self._rules, pieces(self.key)
         _require(bool(needed), "key", self.key, "name at least one field in braces")
         timed = {m: "time" in (*pieces(files.path), *self._scene_pieces(m, files.path)) for m, files in self.images.items()}
         for modality, files in self.images.items():
@@ -218,10 +218,10 @@ class ArchiveDescription:
             _require(ok, key, files.path, f"name {{scene}} or {{time}}, which tell {self.seasons} seasons apart")
         mixed = self.seasons > 1 and len(set(timed.values())) > 1
         _require(not mixed, "images", timed, "all modalities must say the {time}, or none, for their seasons to pair")
-        for rule in self._rules:
+        for rule in rules:
             lacking = [piece for piece in needed if piece not in rule.template.regex.groupindex]
-            allowed = f"name every piece of the key {self.key!r}: {lacking} is not in it"
-            _require(not lacking, f"the template of {rule.role}", rule.template.regex.pattern, allowed)
+            told = f"name every piece of the key {self.key!r}: {lacking} is not in it"
+            _require(not lacking, f"the path of {rule.role}", rule.template.text, told)
 
     def _scene_pieces(self, modality: Modality, path: str) -> tuple[str, ...]:
         return pieces(self.images[modality].scene) if "scene" in pieces(path) else ()

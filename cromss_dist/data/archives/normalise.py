@@ -44,20 +44,21 @@ class Normaliser:
         """Values of one band, shape (H, W), to uint8 of the same shape; they must be finite."""
         if self.units == "uint8":
             return pixels.astype(np.uint8, copy=False)
-        values = pixels.astype(np.float32)  # a copy, which the steps below change in place
-        if self.units == "linear":
-            np.log10(np.maximum(values, FAINTEST, out=values), out=values)
-            values *= np.float32(10)
-        elif self.units == "reflectance":
-            values *= np.float32(10000)
-        if has_offset:
-            values -= np.float32(self.offset)
-            np.maximum(values, 0, out=values)
-        index = self.contract.bands.index(band)
-        mean, std = np.float32(self.contract.mean[index]), np.float32(self.contract.std[index])
-        values -= mean - 2 * std
-        values /= 4 * std
-        values *= np.float32(255)
+        with np.errstate(over="ignore"):  # what is beyond float32 is as bright as can be
+            values = pixels.astype(np.float32)  # a copy, which the steps below change in place
+            if self.units == "linear":
+                np.log10(np.maximum(values, FAINTEST, out=values), out=values)
+                values *= np.float32(10)
+            elif self.units == "reflectance":
+                values *= np.float32(10000)
+            if has_offset:
+                values -= np.float32(self.offset)
+                np.maximum(values, 0, out=values)
+            index = self.contract.bands.index(band)
+            mean, std = np.float32(self.contract.mean[index]), np.float32(self.contract.std[index])
+            values -= mean - 2 * std
+            values /= 4 * std
+            values *= np.float32(255)
         return np.clip(values, 0, 255, out=values).astype(np.uint8)
 
 

@@ -19,6 +19,7 @@ TIME = rf"[12][0-9]{{3}}(?:-{_MONTH}-{_DAY}|{_MONTH}{_DAY}(?:T{_CLOCK})?)"
 class Template:
     """A compiled template. `prefix` is the literal text before its first piece: a test that costs next to nothing."""
 
+    text: str
     prefix: str
     regex: re.Pattern[str]
 
@@ -81,7 +82,7 @@ def compile_template(template: str, patterns: Mapping[str, str], key: str) -> Te
         return "".join(parts)
 
     try:
-        return Template(_PIECE.split(template)[0], re.compile(regular(template, True, ())))
+        return Template(template, _PIECE.split(template)[0], re.compile(regular(template, True, ())))
     except re.error as error:
         raise ConfigError(
             f"Archive description: {key}={template!r} with its pieces {dict(patterns)} is no regular expression: {error}."
