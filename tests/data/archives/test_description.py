@@ -126,7 +126,7 @@ def test_a_missing_file_is_named_as_far_as_it_is_known(small: ArchiveDescription
         ({"images__s2__offset": {"subtract": 1000, "field": "BASELINE"}}, "images.s2.metadata"),
         ({"images__s1__normalisation": {"mean": {"VV": 1}, "std": {"VV": 1}}}, "exactly the bands"),
         ({"images__s2__path": "{id}_{time}.tif", "images__s2__bands": ["B2", "B5"]}, "one distance"),
-        ({"images__s2__path": "{id}/{bnd}.tif"}, r"names \{bnd\}, which is not known there"),
+        ({"images__s1__path": "{id}_{tme}_{time}.tif"}, r"names \{tme\}, which is not known there"),
         ({"images__s2__path": "../{id}/{scene}/{band}.tif"}, "relative to the archive"),
         ({"images__s2__path": "/{id}/{scene}/{band}.tif"}, "relative to the archive"),
         ({"images__s2__path": "{id}/{Scene}/{band}.tif"}, "names of pieces in braces"),
