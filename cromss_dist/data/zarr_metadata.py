@@ -28,7 +28,7 @@ DTYPES = {
     **{"bool": 1, "float32": 4, "float64": 8, "string": MAX_TEXT_BYTES},
 }
 CODECS = ("bytes", "vlen-utf8", "transpose", "zstd", "blosc", "crc32c", "sharding_indexed")
-V2_DTYPE = re.compile(r"\|b1|\|[iu]1|[<>]([iuf][48]|[iu]2|M8\[(s|ms|us|ns|D)\])|\|S\d{1,4}|[<>]U\d{1,4}")
+V2_DTYPE = re.compile(r"\|b1|\|[iu]1|[<>]([iuf][248]|M8\[(s|ms|us|ns|D)\])|\|S\d{1,4}|[<>]U\d{1,4}")
 V2_COMPRESSORS = ("zstd", "blosc", "zlib", "gzip", "lz4")
 
 _V3_ARRAY_KEYS = {
