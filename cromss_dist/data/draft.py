@@ -117,7 +117,7 @@ def draft(survey: Survey, name: str) -> Draft:
             )
     fields = {piece: regex for path in paths.values() for piece, regex in path.fields.items()}
     description = ArchiveDescription(name, images, values, paths[LABEL_ARRAY].key, fields, "drafted by tools/describe.py")
-    found = Draft(description, guesses, patterns)
+    found = Draft(description, remarks, patterns)
     scenes = _take_census(survey, found)
     _refine(survey, found, paths, scenes)
     used = [*patterns.values()]
