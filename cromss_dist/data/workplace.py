@@ -59,6 +59,10 @@ class Workplace:
         """The folder that becomes the output."""
         return self.folder / "result"
 
+    @property
+    def _marker(self) -> Path:
+        return self.folder / "publishing"
+
     def part(self, number: int) -> Path:
         """The commit record of a part."""
         return self.folder / "parts" / f"part-{number:06d}.json"
@@ -71,18 +75,18 @@ class Workplace:
     @property
     def is_published(self) -> bool:
         """Whether what was done here is at `out` already: the converter was killed while it tidied up."""
-        marker, manifest = self.folder / "publishing", self.out / MANIFEST
-        if not (marker.is_file() and manifest.is_file()):
+        manifest = self.out / MANIFEST
+        if not (self._marker.is_file() and self.plan.is_file() and manifest.is_file()):
             return False
-        return hashlib.sha256(manifest.read_bytes()).hexdigest() == marker.read_text()
+        return hashlib.sha256(manifest.read_bytes()).hexdigest() == self._marker.read_text()
 
     def clear(self) -> None:
-        """Removes all but the lock."""
+        """Removes all but the lock; a crash on the way leaves a folder that is still understood."""
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
+        self._marker.unlink(missing_ok=True)
+        self.plan.unlink(missing_ok=True)
 
     def prepare(self, plan: bytes) -> None:
         """Makes the folders and states the plan, last, or sweeps what a killed converter left half written."""
@@ -116,7 +120,7 @@ class Workplace:
         """Puts the result at `out`, in one step."""
         sync_folder(self.result)
         manifest = hashlib.sha256((self.result / MANIFEST).read_bytes()).hexdigest()
-        write_atomically(self.folder / "publishing", manifest.encode())
+        write_atomically(self._marker, manifest.encode())
         failpoint("before_publish")
         if (self.overwrite or self.append) and os.path.lexists(self.out):
             exchange(self.result, self.out, self.folder / "replaced")
@@ -165,10 +169,11 @@ def claimed(out: str | Path, overwrite: bool = False, append: bool = False, rest
             work.check_output()
         work.inputs.mkdir(exist_ok=True)
         yield work
+        work.clear()
         shutil.rmtree(work.folder)
     except BaseException as error:
         if count := work.num_parts:
-            error.add_note(f"{count} finished parts are kept in {work.folder}: the same command goes on after them.")
+            error.add_note(f"{count} finished parts are kept in {work.folder}; the command that wrote them goes on after them.")
         else:
             shutil.rmtree(work.folder, ignore_errors=True)  # must not hide the error that ended the work
         raise

@@ -63,7 +63,7 @@ def test_ctrl_c_keeps_finished_shards_and_the_same_command_goes_on(workplace: Pa
         assert process.poll() is None
         time.sleep(0.01)
     assert re.fullmatch(
-        r"Interrupted\. \d+ finished parts are kept in .*/\.out\.partial: .* goes on after them\.\n", interrupt(process)
+        r"Interrupted\. \d+ finished parts are kept in .*/\.out\.partial; .* goes on after them\.\n", interrupt(process)
     )
     kept = {path: path.stat().st_mtime_ns for path in workplace.glob(".out.partial/parts/*.json")}
     stamps = {path.name: path.stat().st_mtime_ns for path in workplace.glob(".out.partial/result/*.tar")}
