@@ -49,7 +49,7 @@ def open_archive(
         if any(name.endswith(".zarr.zip") for name in names):
             from cromss_dist.data.archives.zarr_archive import open_zarr_zips
 
-            return open_zarr_zips(path)
+            return open_zarr_zips(path, work=work)
         return open_described(*_find_layout(path, work, allow_partial, progress))
     layout = description if isinstance(description, ArchiveDescription) else load(description)
     inventory = take_inventory(path, layout.match, work, allow_partial, progress)

@@ -62,6 +62,11 @@ def label(root: Path, key: str) -> Path:
     return scenes(root, "dw_noisy_labels", key)[0] / "label.tif"
 
 
+def remove(root: Path, key: str) -> None:
+    for folder in ("s1", "s2c", "dw_noisy_labels"):
+        shutil.rmtree(root / folder / key)
+
+
 def promise_381_mib(path: Path) -> None:
     path.unlink()
     with rasterio.open(
@@ -76,7 +81,7 @@ DEFECTS: dict[str, tuple[str, Callable[[Path, str], object]]] = {
     "season of S1 gone": ("missing_season", lambda r, k: shutil.rmtree(s1(r, k).parent)),
     "S1 gone": ("missing_modality", lambda r, k: shutil.rmtree(r / "s1" / k)),
     "label of a season gone": ("missing_label", lambda r, k: label(r, k).unlink()),
-    "listed, not on disk": ("missing_label", lambda r, k: [shutil.rmtree(r / f / k) for f in ("s1", "s2c", "dw_noisy_labels")]),
+    "listed, not on disk": ("missing_label", lambda r, k: remove(r, k)),
     "8 bytes": ("truncated", lambda r, k: s1(r, k).write_bytes(b"II*\0\x08\0\0\0")),
     "cut at 99.9 %": ("truncated", lambda r, k: cut(s2(r, k), 0.999)),
     "surplus row": ("written+cropped", lambda r, k: rewrite(s2(r, k), lambda p: np.pad(p, ((0, 0), (0, 1), (0, 0)), "edge"))),
