@@ -115,6 +115,12 @@ class WorkerError(CromssError):
     exit_code = 71
 
 
+class DownloadError(CromssError):
+    """A file could not be fetched: the server is out of reach or refuses, or what it sent is not what it listed."""
+
+    exit_code = 69
+
+
 class TrainingError(CromssError):
     """Training stopped: a worker failed, or the loss is not finite."""
 

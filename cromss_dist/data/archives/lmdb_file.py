@@ -56,17 +56,16 @@ class LmdbFile:
             InputChangedError: the file is not the one that was opened.
         """
         try:
-            file = open(self.path, "rb", buffering=0)
+            with open(self.path, "rb", buffering=0) as file:
+                found = os.fstat(file.fileno())
+                if (found.st_size, found.st_mtime_ns) == (self.size, self.mtime_ns):
+                    return os.pread(file.fileno(), size, offset)
         except FileNotFoundError as error:
-            raise InputChangedError(f"{self.path} is gone since the archive was opened; put it back, and run it again.") from error
-        with file:
-            found = os.fstat(file.fileno())
-            if (found.st_size, found.st_mtime_ns) != (self.size, self.mtime_ns):
-                raise InputChangedError(
-                    f"{self.path} changed since the archive was opened: {found.st_size} bytes instead of {self.size}, or another "
-                    "time of change; leave the archive alone while it is converted, and run it again."
-                )
-            return os.pread(file.fileno(), size, offset)
+            raise InputChangedError(f"{self.path} is gone since the archive was opened; put it back and run it again.") from error
+        raise InputChangedError(
+            f"{self.path} changed since the archive was opened: {found.st_size} bytes instead of {self.size}, or another time of "
+            "change; leave the archive alone while it is converted, and begin again with --restart."
+        )
 
     def values(self) -> Iterator[Value]:
         """Every value of the main database, in the order of the keys' bytes.
