@@ -7,7 +7,6 @@ Reference: Zarr core specification 3.1; its codecs bytes, zstd, crc32c, vlen-utf
 conventions proj: and spatial: of the Zarr conventions registry.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from cromss_dist.schema import IGNORE
 METADATA = "zarr.json"
 ZSTD_LEVEL = 3
 COORDINATE_ROWS = 16384  # of a chunk of a coordinate: 3 MiB of the widest one
+NO_CHUNK = 2**64 - 1  # in the index of a shard, by the specification
 NO_TIME = np.iinfo(np.int64).min
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 TIME_UNITS = "seconds since 1970-01-01 00:00:00"
@@ -120,12 +120,22 @@ def pixel_node(spec: SampleSpec, name: str, num_rows: int, rows_per_shard: int) 
     return _node("uint8", (num_rows, *shape), (rows_per_shard, *shape), dims, fill_value(spec, name), [sharding], attributes)
 
 
-def encode_shard(pixels: Uint8Array) -> bytes:
-    """The shard file of a block (location, season, ...): every chunk, also those of rows without a sample, then the index."""
+def encode_shard(rows: Sequence[Uint8Array | None], num_seasons: int, rows_per_shard: int) -> bytes:
+    """The shard file of some locations: a chunk for each season of those that are there, then the index.
+
+    Locations without a sample have no chunk, which reads as the fill value; the index, with its checksum, says so.
+    """
     zstd = numcodecs.Zstd(ZSTD_LEVEL)
-    chunks = [_crc32c(zstd.encode(chunk)) for location in pixels for chunk in location]
-    ends = list(itertools.accumulate(map(len, chunks), initial=0))
-    index = np.array([(start, len(chunk)) for start, chunk in zip(ends[:-1], chunks, strict=True)], "<u8")
+    index = np.full((rows_per_shard, num_seasons, 2), NO_CHUNK, "<u8")
+    chunks, end = [], 0
+    for row, pixels in enumerate(rows):
+        if pixels is None:
+            continue
+        for season in range(num_seasons):
+            chunk = _crc32c(zstd.encode(np.ascontiguousarray(pixels[season])))
+            index[row, season] = end, len(chunk)
+            chunks.append(chunk)
+            end += len(chunk)
     return b"".join([*chunks, _crc32c(index.tobytes())])
 
 

@@ -30,7 +30,6 @@ from cromss_dist.data.cube_layout import (
     coordinates,
     encode_coordinate,
     encode_shard,
-    fill_value,
     from_seconds,
     json_bytes,
     pixel_node,
@@ -105,7 +104,7 @@ def write_rows(path: Path, spec: SampleSpec, first_row: int, samples: Sequence[S
         path: Of the cube, from `create_cube`.
         spec: Of the samples.
         first_row: Multiple of `rows_per_shard`.
-        samples: At most `rows_per_shard`; None for a rejected input, whose row is filled with 0 (images) or 255 (values).
+        samples: At most `rows_per_shard`; None for a rejected input, whose row reads as 0 (images) or 255 (values).
 
     Raises:
         ShardError: what was read back is not what was written.
@@ -115,13 +114,10 @@ def write_rows(path: Path, spec: SampleSpec, first_row: int, samples: Sequence[S
     assert len(samples) <= per_shard, f"{len(samples)} samples do not fit into a shard of {per_shard}"
     files = []
     for name in spec.names:
-        pixels = np.full((per_shard, *spec.shape(name)), fill_value(spec, name), np.uint8)
-        for row, sample in enumerate(samples):
-            if sample is not None:
-                pixels[row] = sample.arrays[name]
-        decode = functools.partial(_decodes_to, pixel_node(spec, name, per_shard, per_shard), pixels)
-        shard = chunk_name(first_row // per_shard, *[0] * (pixels.ndim - 1))
-        files.append(_place(path, f"{name}/{shard}", encode_shard(pixels), decode))
+        rows = [None if sample is None else sample.arrays[name] for sample in samples]
+        decodes = functools.partial(_decodes_to, pixel_node(spec, name, per_shard, per_shard), rows)
+        shard = chunk_name(first_row // per_shard, *[0] * len(spec.shape(name)))
+        files.append(_place(path, f"{name}/{shard}", encode_shard(rows, spec.num_seasons, per_shard), decodes))
     return tuple(files)
 
 
@@ -310,13 +306,13 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     return array
 
 
-def _decodes_to(node: Json, pixels: Uint8Array, data: bytes) -> bool:
-    """Whether zarr-python reads `pixels` out of a shard."""
+def _decodes_to(node: Json, rows: Sequence[Uint8Array | None], data: bytes) -> bool:
+    """Whether zarr-python reads the samples of `rows` out of a shard."""
     buffer = default_buffer_prototype().buffer
-    shard = chunk_name(*[0] * pixels.ndim)
+    shard = chunk_name(*[0] * len(node["shape"]))
     store = MemoryStore({METADATA: buffer.from_bytes(json_bytes(node)), shard: buffer.from_bytes(data)})
     array = zarr.open_array(store, mode="r")
-    return all(np.array_equal(np.asarray(array[row]), pixels[row]) for row in range(len(pixels)))
+    return all(np.array_equal(np.asarray(array[row]), pixels) for row, pixels in enumerate(rows) if pixels is not None)
 
 
 def _place(folder: Path, name: str, data: bytes, holds: Callable[[bytes], bool] = lambda _: True) -> CubeFile:
