@@ -154,7 +154,7 @@ def open_zarr_zips(root: str | Path, labels: str | Path | None = None, work: Pat
 
     Args:
         root: Folder with the stores, at any depth in folders S1GRD and S2L1C.
-        labels: Folder with `dw_noisy_labels/` or the zip file of it; None: `root`.
+        labels: Folder with `dw_noisy_labels/`, packed or not; None: `root`.
         work: See `take_inventory`.
 
     Raises:
@@ -229,7 +229,7 @@ def open_zarr_zips(root: str | Path, labels: str | Path | None = None, work: Pat
         ),
         keys=tuple(sorted((labelled & there) | damaged)),
         duplicates=duplicates,
-        asides={"unlabelled": len(there - labelled), "strays": inventory.num_strays},
+        asides={"unlabelled": len(there - labelled), "strays": inventory.num_strays - (len(stores) if label_root == root else 0)},
         fingerprint=digest.hexdigest(),
         size_bytes=inventory.size_bytes + sum(store.size for store in stores),
         stores=tuple(stores),

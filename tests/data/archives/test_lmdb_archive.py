@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import random
@@ -10,12 +11,17 @@ import lmdb
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 from cromss_dist.data.archives.lmdb_archive import LmdbArchive, find_lmdbs, open_lmdb
 from cromss_dist.data.archives.lmdb_file import open_lmdb_file
+from cromss_dist.data.archives.open import open_archive
+from cromss_dist.data.convert import convert
 from cromss_dist.data.sample import Rejected
 from cromss_dist.errors import ArchiveEmptyError, ArchiveMissingError, InputChangedError, UnreadableInputError
 from cromss_dist.schema import S2_9, S2_BANDS
+
+REAL = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "noldo_real_mini"
 
 SIDE = 24
 NAMES = {"s1": "0k_251k_uint8_s1.lmdb", "s2": "0k_251k_uint8_s2c.lmdb", "label": "dw_labels.lmdb"}
@@ -116,6 +122,45 @@ def test_bad_records_are_rejected_and_the_others_are_read(tmp_path: Path) -> Non
     np.testing.assert_array_equal(archive.read("0000117").arrays["s2"], pixels_of("s2", 117))
     assert archive.asides == {"unlabelled": 1, "strays": 0}  # row 2
     assert not marker.exists()
+
+
+def test_a_conversion_counts_bad_records_and_writes_the_others(tmp_path: Path) -> None:
+    rows = rows_of(range(8))
+    rows["label"][2] = pickle.dumps(os.getcwd)
+    del rows["s2"][5]
+    rows["s1"][6] = rows["s1"][6][:100]
+    out = tmp_path / "out"
+    convert(open_archive(write(tmp_path / "lmdbs", rows)), out, max_reject_fraction=1)
+    ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    assert {line["key"]: line.get("reason") for line in ledger} == {
+        **{f"{n:07d}": None for n in (0, 1, 3, 4, 7)}, "row-2": "unsafe_pickle", "0000005": "missing_modality",
+        "0000006": "unreadable",
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there")
+def test_lmdbs_written_the_published_way_agree_with_the_tree_they_were_made_of(tmp_path: Path) -> None:
+    tree = open_archive(REAL)
+    numbers = [int(line.split(",")[0]) for line in (REAL / "dw_complete_ids.csv").read_text().splitlines()[1:]]
+    rows: Rows = {role: {} for role in NAMES}
+    expected = {}
+    for row, number in enumerate(numbers):
+        arrays = dict(tree.read(f"{number:07d}").arrays)
+        s2 = np.empty((4, 13, 264, 264), np.uint8)
+        for spec in tree.spec.images[1:]:
+            for season, band in np.ndindex(arrays[spec.name].shape[:2]):
+                image = Image.fromarray(arrays[spec.name][season, band]).resize((264, 264), Image.Resampling.BICUBIC)
+                s2[season, S2_BANDS.index(spec.bands[band])] = np.asarray(image)
+        for spec in tree.spec.images[1:2]:  # a resize to the same size is none
+            np.testing.assert_array_equal(s2[:, [S2_BANDS.index(band) for band in spec.bands]], arrays[spec.name])
+        expected[f"{number:07d}"] = {"s1": arrays["s1"], "s2": s2, "label": arrays["label"]}
+        for role, array in expected[f"{number:07d}"].items():
+            rows[role][row] = record(array, number, role)
+    archive = open_archive(write(tmp_path / "lmdbs", rows))
+    assert archive.keys == tree.keys
+    for key, arrays in expected.items():
+        for name, array in archive.read(key).arrays.items():
+            np.testing.assert_array_equal(array, arrays[name])
 
 
 def test_a_record_that_is_too_big_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

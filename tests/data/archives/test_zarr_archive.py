@@ -135,7 +135,7 @@ def test_locations_are_read_in_the_order_of_time_without_the_offset(root: Path) 
     opened = open_zarr_zips(root)
     archive = pickle.loads(pickle.dumps(opened))
     assert archive.keys == tuple(sorted(IDS[:2]))
-    assert (archive.asides["unlabelled"], archive.offset) == (1, 1000)
+    assert (archive.asides, archive.offset) == ({"unlabelled": 1, "strays": 0}, 1000)
     for key in archive.keys:
         check(archive, key)
     sample = archive.read(IDS[0])
