@@ -73,9 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.report:
         options.report.write_text(json.dumps(report.to_json(), indent=1) + "\n")
     if report.problems:
-        raise ShardError(
-            f"{options.dataset} has {len(report.problems)} problems, see above. Restore those files or convert the archive again."
-        )
+        count = f"{len(report.problems)} problem{'s' if len(report.problems) > 1 else ''}"
+        raise ShardError(f"{options.dataset} has {count}, see above. Restore those files or convert the archive again.")
     console.print(f"{options.dataset} is as it was written, digest {report.digest}", soft_wrap=True, highlight=False)
 
 
