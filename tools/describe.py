@@ -23,6 +23,7 @@ from rich.table import Table
 from cromss_dist.data.draft import Draft, draft
 from cromss_dist.data.survey import NUM_NAMED, Survey, look
 from cromss_dist.errors import OutputExistsError, main_guard
+from cromss_dist.schema import BANDS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,6 +41,15 @@ def _bytes(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1024
     return f"{number:.1f} TiB"
+
+
+def _place_of(band: str) -> int:
+    """Where a band comes among those of its instrument."""
+    return next((bands.index(band) for bands in BANDS.values() if band in bands), 0)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -67,7 +77,7 @@ def show_files(survey: Survey, console: Console) -> None:
 def show_draft(found: Draft, console: Console) -> None:
     """Prints what the rasters of a few locations hold."""
     rasters = _table("Rasters of a few locations", "role", "band", "px", "bands", "type", "1 % to 99 %", "EPSG", "files")
-    for (role, band), probes in sorted(found.sampled.items()):
+    for (role, band), probes in sorted(found.sampled.items(), key=lambda item: (item[0][0], _place_of(item[0][1]))):
         sizes = Counter(f"{probe.header.height} x {probe.header.width}" for probe in probes)
         rasters.add_row(
             role,
@@ -76,7 +86,7 @@ def show_draft(found: Draft, console: Console) -> None:
             str(probes[0].header.bands),
             ", ".join(sorted({probe.header.dtype for probe in probes})),
             f"{min(probe.low for probe in probes):.4g} to {max(probe.high for probe in probes):.4g}",
-            ", ".join(sorted({(probe.place.crs or "none").removeprefix("EPSG:") for probe in probes})[:3]),
+            _some(sorted({(probe.place.crs or "none").removeprefix("EPSG:") for probe in probes})),
             str(len(probes)),
         )
     console.print(rasters)

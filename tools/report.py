@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cromss_dist.data.index import open_shards
 from cromss_dist.data.report import PAGE, check_new, measure, write_report
-from cromss_dist.errors import main_guard
+from cromss_dist.errors import ConfigError, main_guard
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, draws, says where it is."""
     options = _parser().parse_args(arguments)
+    if options.sheet < 1:
+        raise ConfigError(f"--sheet {options.sheet} is not allowed; give 1 location or more.")
     dataset = options.dataset.absolute()
     out = options.out or dataset.with_name(f"{dataset.name}-report")
     check_new(out)

@@ -13,15 +13,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from cromss_dist.data.archives.description import (
-    ArchiveDescription,
-    ImageFiles,
-    LocationList,
-    OffsetRule,
-    Units,
-    ValueFiles,
-    dump,
-)
+from cromss_dist.data.archives.description import ArchiveDescription, dump
+from cromss_dist.data.archives.files import ImageFiles, LocationList, OffsetRule, Units, ValueFiles
 from cromss_dist.data.archives.inventory import Match
 from cromss_dist.data.draft_paths import DraftedPath, draft_paths
 from cromss_dist.data.path_patterns import Pattern

@@ -204,7 +204,7 @@ def _regex(piece: Piece) -> str:
             return "-?[0-9]+[.p][0-9]+"
         case "time":
             return TIME
-        case "split" | "satellite" | "word":
+        case "split" | "satellite":
             return "|".join(sorted(re.escape(value) for value in piece.values))
         case _:
             return "[A-Za-z0-9]+"

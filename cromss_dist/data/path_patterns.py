@@ -6,7 +6,7 @@ scene, is told later by comparing their values between patterns (`Piece.shares`)
 
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from typing import Literal, TypeAlias
@@ -32,6 +32,16 @@ BAND_NAMES = {
     "swir1": "B11",
     "swir2": "B12",
 }
+# What the words of a path say of its files.
+ROLE_WORDS = {
+    "s1": ("s1", "sar", "radar", "grd", "sentinel1"),
+    "s2": ("s2", "s2c", "s2a", "l1c", "l2a", "msi", "optical", "sentinel2", "multispectral"),
+    "label": ("label", "labels", "lc", "landcover", "mask", "masks", "gt", "dw", "osm", "class", "classes", "annotation",
+              "annotations", "target", "targets", "dfc"),
+    "reference": ("reference", "truth"),
+    "kind": ("kind", "kinds"),
+}  # fmt: skip
+_MEANT = {word for words in ROLE_WORDS.values() for word in words}
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
 _TOKEN = re.compile(rf"(?<![0-9]){TIME}(?![0-9])|(?<![0-9A-Za-z])-?[0-9]+[.p][0-9]{{3,}}|[A-Za-z0-9]+|[^A-Za-z0-9]")
 _SATELLITE = re.compile(r"S[12][A-D]")
@@ -76,6 +86,8 @@ def _split_segment(segment: str, last: bool) -> list[Part]:
 def _split_token(token: str) -> list[Part]:
     if not token.isalnum():
         return [("decimal", token)]
+    if token.lower() in _MEANT:
+        return [("text", token)]
     if token.isdigit():
         return [("number", token)]
     if re.fullmatch(r"[0-9]+p[0-9]{3,}", token):
@@ -85,7 +97,7 @@ def _split_token(token: str) -> list[Part]:
     if token.lower() in _SPLITS:
         return [("split", token)]
     numbered = _NUMBERED.fullmatch(token)
-    if numbered and len(token) > 3:
+    if numbered:
         return [("text", numbered[1]), ("number", numbered[2])]
     return [("code" if any(c.isdigit() for c in token) and len(token) > 3 else "text", token)]
 
@@ -185,32 +197,28 @@ class Patterns:
         pattern.add(path, parts)
         return number
 
-    def merged(self, keep: Callable[[str], bool]) -> list[Pattern]:
-        """The patterns, most files first; those that differ in one word only, of several, are one.
-
-        Args:
-            keep: Whether a word means something, so that it must not be taken for a value.
-        """
+    def merged(self) -> list[Pattern]:
+        """The patterns, most files first; those that differ in one word only, of a name and no role, are one."""
         patterns = [pattern for _, pattern in self._found.values()]
-        longest = max((len(p.pieces) for p in patterns), default=0)
-        for place in range(longest):
-            alike: dict[str, list[Pattern]] = {}
+        while True:
+            alike: dict[str, list[tuple[Pattern, str]]] = {}
             for pattern in patterns:
-                piece = pattern.pieces[place] if place < len(pattern.pieces) - 1 else None
-                word = piece.constant if piece is not None and piece.kind == "text" else None
-                if word and word.isalnum() and not keep(word):
-                    rest = [p.kind if p.kind != "text" else str(p.constant) for p in pattern.pieces]
-                    rest[place] = "<word>"
-                    alike.setdefault("\0".join(rest), []).append(pattern)
-            for group in alike.values():
-                if len(group) >= MIN_WORDS:
-                    patterns = [p for p in patterns if p not in group] + [_merge(group, place)]
-        return sorted(patterns, key=lambda p: (-p.count, p.text))
+                texts = [str(p.constant) if p.kind == "text" else f"<{p.kind}>" for p in pattern.pieces[:-1]]
+                for word in {text for text in texts if text.isalnum() and text.lower() not in _MEANT}:
+                    rest = "\0".join("<word>" if text == word else text for text in texts)
+                    alike.setdefault(f"{rest}\0{pattern.extension}", []).append((pattern, word))
+            group = max(alike.values(), key=len, default=[])
+            if len(group) < MIN_WORDS:
+                return sorted(patterns, key=lambda p: (-p.count, p.text))
+            gone = [pattern for pattern, _ in group]
+            patterns = [p for p in patterns if not any(p is pattern for pattern in gone)]
+            patterns.append(_merge(gone, [i for i, piece in enumerate(gone[0].pieces[:-1]) if piece.constant == group[0][1]]))
 
 
-def _merge(group: list[Pattern], place: int) -> Pattern:
+def _merge(group: list[Pattern], places: list[int]) -> Pattern:
     merged = Pattern([Piece(piece.kind) for piece in group[0].pieces])
-    merged.pieces[place].kind = "word"
+    for place in places:
+        merged.pieces[place].kind = "word"
     for pattern in group:
         merged.count += pattern.count
         merged.numbers += pattern.numbers

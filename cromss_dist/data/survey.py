@@ -15,21 +15,12 @@ import numpy.typing as npt
 
 from cromss_dist.data.archives.geotiff import Header, Place, decode, header, place
 from cromss_dist.data.archives.inventory import Entry, Inventory, Match, Progress, take_inventory
-from cromss_dist.data.path_patterns import Pattern, Patterns
+from cromss_dist.data.path_patterns import ROLE_WORDS, Pattern, Patterns
 from cromss_dist.data.sample import Rejected
 from cromss_dist.errors import ArchiveEmptyError
 
 RASTERS = (".tif", ".tiff")
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
-# What the words of a path say of its files.
-ROLE_WORDS = {
-    "s1": ("s1", "sar", "radar", "grd", "sentinel1"),
-    "s2": ("s2", "s2c", "s2a", "l1c", "l2a", "msi", "optical", "sentinel2", "multispectral"),
-    "label": ("label", "labels", "lc", "landcover", "mask", "masks", "gt", "dw", "osm", "class", "classes", "annotation",
-              "annotations", "target", "targets", "dfc"),
-    "reference": ("reference", "truth"),
-    "kind": ("kind", "kinds"),
-}  # fmt: skip
 NUM_NAMED = 10  # odd files of a kind that are named
 _BUCKETS = 1024
 _ROLE = "file"
@@ -91,14 +82,15 @@ class Survey:
             return None
         if pattern.bands:
             return "s1" if set(pattern.bands) <= {"VV", "VH"} else "s2"
+        told: list[str] = []  # from the file's name up to the top folder: the last word of a path says most
         for piece in reversed(pattern.pieces[:-1]):
             text = next(iter(piece.values)).lower()
             if piece.kind == "satellite":
-                return text[:2]
-            if piece.kind == "text":
-                for role, words in ROLE_WORDS.items():
-                    if text in words:
-                        return role
+                told.append(text[:2])
+            elif piece.kind == "text":
+                told += [role for role, words in ROLE_WORDS.items() if text in words]
+        if told:
+            return next((role for role in told if role in ("reference", "kind")), told[0])
         probes = self.probes.get(pattern.text)
         if not probes:
             return None
@@ -150,8 +142,7 @@ def look(root: Path, work: Path | None = None, allow_partial: bool = False, prog
     """
     patterns = Patterns()
     inventory = take_inventory(root, lambda path: Match(_ROLE, _key(patterns.add(path), path)), work, allow_partial, progress)
-    words = {word for words in ROLE_WORDS.values() for word in words}
-    survey = Survey(inventory, patterns.merged(lambda word: word.lower() in words))
+    survey = Survey(inventory, patterns.merged())
     if not survey.patterns:
         raise ArchiveEmptyError(f"{root} holds no file, nor do containers in it; give the folder of an archive.")
     for pattern in survey.patterns:
