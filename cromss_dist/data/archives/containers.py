@@ -186,7 +186,6 @@ class _Parts(io.RawIOBase):
         for part, descriptor in zip(self._container.parts, self._descriptors, strict=True):
             now = os.fstat(descriptor)
             if (now.st_size, now.st_mtime_ns) != (part.size, part.mtime_ns):
-                self.close()
                 raise InputChangedError(changed(part.path, f"had {part.size} bytes and now has {now.st_size}, or a new time"))
 
     def pread(self, offset: int, size: int) -> bytes:

@@ -296,7 +296,8 @@ def _same_bytes(inventory: Inventory, first: Entry, other: Entry) -> bool:
 
 def _entry(row: tuple[Any, ...]) -> Entry:
     *facts, reason, detail = row
-    return Entry(*facts, problem=None if reason is None else (reason, detail))
+    fields = (*facts, None if reason is None else (reason, detail))
+    return Entry(*fields)
 
 
 def _read_file(root: Path, entry: Entry) -> bytes:

@@ -1,11 +1,12 @@
 """Every file of an archive's folder and of the containers in it, one after the other, none of them trusted by its name."""
 
 import os
+import posixpath
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeAlias
 
 from cromss_dist.data.archives.containers import Container, Part, assemble, container_name, members
@@ -112,7 +113,7 @@ def list_container(
                     f"{container.path} is cut off: {why}. Fetch it again, or take what is before the cut with --allow-partial."
                 )
             yield Found(container.path, "truncated", number)
-        beside = PurePosixPath(container.path).parent
+        beside = container.path[: container.path.rfind("/") + 1]
         for name, kind, *where in connection.execute("SELECT name, kind, offset, size, packed, crc FROM members"):
             path, what = _unpacked_path(beside, name)
             yield Found(path, kind if what == "file" else what, number, *where)
@@ -150,7 +151,10 @@ def _keep_listing(container: Container, root: Path, kept: Path, progress: Progre
         except Cut as cut:
             connection.execute("INSERT INTO cut VALUES (?)", (str(cut),))
         except Damaged as damage:
-            raise UnreadableInputError(f"{container.path} cannot be read: {damage}. Fetch it again, or take it away.") from damage
+            raise UnreadableInputError(
+                f"{container.path} is cut off or damaged: {damage}. Fetch it again or take it away"
+                + ("; `gzip -dc` saves what is before that as a tar." if container.kind == "tar.gz" else ".")
+            ) from damage
         connection.commit()
     finally:
         connection.close()
@@ -169,12 +173,12 @@ def _is_file_inside(root: Path, path: str) -> bool:
     return Path(target).is_relative_to(root) and stat.S_ISREG(os.stat(target).st_mode) if os.path.exists(target) else False
 
 
-def _unpacked_path(beside: PurePosixPath, name: bytes) -> tuple[str, str]:
+def _unpacked_path(beside: str, name: bytes) -> tuple[str, str]:
     """The path a member would be unpacked to, and 'file' or what is wrong with its name."""
     kind = _kind_of_name(name)
     if kind != "file":
         return repr(name[:MAX_NAME_BYTES]), kind
-    return (beside / name.decode()).as_posix(), kind
+    return beside + posixpath.normpath(name.decode()), kind
 
 
 def _kind_of_name(name: bytes) -> str:

@@ -1,0 +1,202 @@
+"""GeoTIFFs from bytes. The oracle of pixels, nodata and size is GDAL (rasterio)."""
+
+import io
+import math
+import struct
+import warnings
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import tifffile
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.io import MemoryFile
+
+from cromss_dist.data.archives import geotiff
+from cromss_dist.data.sample import Rejected
+
+SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
+SIDE = 40
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+
+
+def pixels_of(dtype: str, bands: int, side: int = SIDE) -> np.ndarray:
+    values = np.random.default_rng(1).integers(0, 200, (bands, side, side + 3))
+    return values.astype(dtype)
+
+
+def tif(pixels: np.ndarray, **options: object) -> bytes:
+    with warnings.catch_warnings(), MemoryFile() as file:
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        bands, height, width = pixels.shape
+        profile = {"driver": "GTiff", "count": bands, "height": height, "width": width, "dtype": pixels.dtype.name, **options}
+        with file.open(**profile) as dataset:
+            dataset.write(pixels)
+        return bytes(file.read())
+
+
+def gdal(data: bytes) -> tuple[np.ndarray, float | None]:
+    with MemoryFile(data) as file, file.open(driver="GTiff") as dataset:
+        return dataset.read(), dataset.nodata
+
+
+TILED = {"tiled": True, "blockxsize": 16, "blockysize": 16}
+LAYOUTS = [
+    {"compress": compress, **extra, **shape, **form}
+    for compress, extra in (
+        (None, {}),
+        ("lzw", {}),
+        ("lzw", {"predictor": 2}),
+        ("deflate", {}),
+        ("deflate", {"predictor": 2}),
+        ("zstd", {}),
+        ("lzma", {}),
+        ("packbits", {}),
+    )
+    for shape, form in product(
+        (TILED, {"blockysize": 7}), ({}, {"BIGTIFF": "YES"}, {"ENDIANNESS": "BIG"}, {"INTERLEAVE": "BAND"})
+    )
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_pixels_are_those_of_gdal_for_every_layout_type_and_number_of_bands(layout: dict[str, object]) -> None:
+    for dtype, bands in product(("uint8", "uint16", "int16", "float32"), (1, 2, 13)):
+        if layout.get("predictor") == 2 and dtype == "float32":
+            continue
+        data = tif(pixels_of(dtype, bands), **layout)
+        raster = geotiff.decode(data, "a.tif", DTYPES, bands, None)
+        expected, _ = gdal(data)
+        assert raster.pixels.dtype == expected.dtype
+        assert np.array_equal(raster.pixels, expected)
+        assert not raster.cropped
+
+
+@pytest.mark.parametrize("options", [{}, {"JPEG_QUALITY": 50}, TILED])
+def test_jpeg_pixels_are_those_of_gdal(options: dict[str, object]) -> None:
+    for bands in (1, 3):
+        smooth = np.add.outer(np.arange(64), np.arange(64)).astype("uint8")
+        data = tif(np.stack([smooth + band for band in range(bands)]), compress="jpeg", **options)
+        assert np.array_equal(geotiff.decode(data, "a.tif", DTYPES, bands, None).pixels, gdal(data)[0])
+
+
+def test_floating_point_predictor_and_float64_are_those_of_gdal() -> None:
+    for dtype in ("float32", "float64"):
+        data = tif(pixels_of(dtype, 1), compress="deflate", predictor=3)
+        assert np.array_equal(geotiff.decode(data, "a.tif", DTYPES, 1, None).pixels, gdal(data)[0])
+
+
+@pytest.mark.parametrize("archive", ["noldo_real_mini", "dw_real_mini"])
+def test_pixels_of_real_archives_are_those_of_gdal(archive: str) -> None:
+    files = sorted((SHARED / archive).rglob("*.tif"))
+    if not files:
+        pytest.skip(f"the shared archive {archive} is not beside this checkout")
+    for file in files:
+        raster = geotiff.decode(file.read_bytes(), file.name, DTYPES, None, None)
+        with rasterio.open(file) as dataset:
+            assert np.array_equal(raster.pixels, dataset.read())
+            assert raster.nodata == dataset.nodata
+
+
+@pytest.mark.parametrize("nodata", [None, 0, 255, -9999.5, math.nan])
+def test_nodata_is_that_of_gdal(nodata: float | None) -> None:
+    data = tif(pixels_of("float32", 1), nodata=nodata)
+    found, expected = geotiff.decode(data, "a.tif", DTYPES, 1, None).nodata, gdal(data)[1]
+    assert found == expected or (math.isnan(found or 0) and math.isnan(expected or 0))
+
+
+def test_a_surplus_row_or_column_is_left_out_and_two_are_refused() -> None:
+    data = tif(np.arange(41 * 40, dtype="uint16").reshape(1, 41, 40))
+    raster = geotiff.decode(data, "a.tif", DTYPES, 1, 40)
+    assert raster.cropped
+    assert np.array_equal(raster.pixels, gdal(data)[0][:, :40])
+    for size in (39, 42):
+        with pytest.raises(Rejected, match="wrong_size"):
+            geotiff.decode(data, "a.tif", DTYPES, 1, size)
+
+
+def test_header_says_size_bands_and_type() -> None:
+    assert geotiff.header(tif(pixels_of("int16", 2)), "a.tif") == geotiff.Header(SIDE, SIDE + 3, 2, "int16")
+
+
+def test_another_type_or_number_of_bands_is_refused() -> None:
+    data = tif(pixels_of("int16", 2))
+    with pytest.raises(Rejected, match=r"wrong_dtype.*int16; expected uint8 or uint16"):
+        geotiff.decode(data, "a.tif", ("uint8", "uint16"), 2, None)
+    with pytest.raises(Rejected, match=r"wrong_bands.*2 bands.*expected 1"):
+        geotiff.decode(data, "a.tif", DTYPES, 1, None)
+    with pytest.raises(Rejected, match="wrong_dtype"):
+        geotiff.decode(tif(pixels_of("uint8", 1) % 2, nbits=1), "a.tif", DTYPES, 1, None)
+
+
+@pytest.mark.parametrize("layout", [{}, {"compress": "deflate"}, TILED, {"compress": "jpeg"}, {"BIGTIFF": "YES"}])
+def test_a_file_cut_at_any_of_six_places_is_refused(layout: dict[str, object]) -> None:  # catalogue C6
+    whole = tif(pixels_of("uint8", 1, side=200), **layout)
+    for cut in (0, 8, 100, len(whole) // 2, len(whole) * 9 // 10, len(whole) * 999 // 1000):
+        with pytest.raises(Rejected) as caught:
+            geotiff.decode(whole[:cut], "a.tif", DTYPES, 1, None)
+        assert caught.value.reason in ("truncated", "unreadable")
+
+
+def test_flipped_bits_of_a_compressed_file_are_refused_or_few_and_of_an_uncompressed_one_pass() -> None:  # catalogue C7
+    # The limit that docs/data-format.md states: without checksums of the archive only what cannot be decoded is found.
+    silent = {}
+    for compress in ("deflate", None):
+        whole, draw = tif(pixels_of("uint8", 1, side=200), compress=compress), np.random.default_rng(0)
+        expected, silent[compress] = gdal(whole)[0], 0
+        for place in draw.integers(400, len(whole), 200):
+            data = bytearray(whole)
+            data[place] ^= 1 << draw.integers(8)
+            with suppress(Rejected):
+                silent[compress] += not np.array_equal(geotiff.decode(bytes(data), "a.tif", DTYPES, 1, None).pixels, expected)
+    assert silent["deflate"] < 20
+    assert silent[None] == 200
+
+
+def test_a_header_that_promises_too_much_is_refused_unread() -> None:
+    data = bytearray(tif(np.zeros((1, 16, 16), "uint8")))
+    for tag, value in ((256, 20_000), (257, 20_000)):
+        at = data.index(struct.pack("<HHI", tag, 3, 1))
+        data[at + 8 : at + 12] = struct.pack("<I", value)
+    for read in (lambda d: geotiff.header(d, "a.tif"), lambda d: geotiff.decode(d, "a.tif", DTYPES, 1, None)):
+        with pytest.raises(Rejected, match=r"too_big.*400000000 bytes"):
+            read(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "text", [b"<VRTDataset rasterXSize='1'><SourceFilename>/etc/passwd", b"\x89PNG\r\n\x1a\n" + bytes(99), bytes(99)]
+)
+def test_only_a_tiff_is_a_tiff(text: bytes) -> None:
+    for read in (geotiff.header, geotiff.place):
+        with pytest.raises(Rejected, match="unreadable"):
+            read(text, "a.tif")
+
+
+def test_a_strip_without_data_or_an_unknown_compression_is_refused() -> None:
+    sparse = tif(np.zeros((1, 64, 64), "uint8"), SPARSE_OK=True, **TILED)
+    with pytest.raises(Rejected, match="truncated"):
+        geotiff.decode(sparse, "a.tif", DTYPES, 1, None)
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels_of("uint8", 1)[0], compression="jpegxl")
+    with pytest.raises(Rejected, match="compression is number"):
+        geotiff.decode(file.getvalue(), "a.tif", DTYPES, 1, None)
+
+
+def test_place_is_the_centre_in_degrees_with_crs_and_transform() -> None:
+    utm = rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
+    found = geotiff.place(tif(np.zeros((1, 100, 100), "uint8"), crs="EPSG:32632", transform=utm), "a.tif")
+    assert found.crs == "EPSG:32632"
+    assert found.transform == (10, 0, 500_000, 0, -10, 5_000_000)
+    assert found.lon == pytest.approx(9.0, abs=0.01)  # the central meridian of zone 32
+    assert found.lat == pytest.approx(45.15, abs=0.02)
+
+
+def test_what_lies_nowhere_or_off_the_earth_has_no_place() -> None:
+    assert geotiff.place(tif(np.zeros((1, 9, 9), "uint8")), "a.tif") == geotiff.Place(None, None, None, None)
+    far = rasterio.Affine(10, 0, 1e12, 0, -10, 1e12)
+    found = geotiff.place(tif(np.zeros((1, 9, 9), "uint8"), crs="EPSG:32632", transform=far), "a.tif")
+    assert (found.lon, found.lat) == (None, None)
