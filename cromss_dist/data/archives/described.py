@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from cromss_dist.data.archives import geotiff
-from cromss_dist.data.archives.description import LOCATIONS_ROLE, ArchiveDescription, Units, dump
+from cromss_dist.data.archives.description import ArchiveDescription, dump
+from cromss_dist.data.archives.files import LOCATIONS_ROLE, Units
 from cromss_dist.data.archives.inventory import Entry, Inventory
 from cromss_dist.data.archives.normalise import DTYPES, VALUE_DTYPES, ClassMap, Normaliser, Pixels
 from cromss_dist.data.archives.seasons import Listed, Scene, Slots, file_of_season, pair, read_list, sort_files
@@ -90,6 +91,10 @@ class DescribedArchive:
         rules = {modality: files.offset for modality, files in self.description.images.items()}
         offsets = {modality: 0.0 if rule is None else rule.subtract for modality, rule in rules.items()}
         return {m: Normaliser(self.spec.normalisation[m], self.units[m], offsets[m]) for m in self.description.images}
+
+    @cached_property
+    def _class_maps(self) -> dict[str, ClassMap]:
+        return {name: ClassMap(files) for name, files in self.description.values.items()}
 
     def _read_scene(
         self, modality: Modality, key: str, scene: Scene, slots: Slots, notes: set[str], places: list[geotiff.Place] | None
@@ -174,7 +179,7 @@ class DescribedArchive:
         """One season of a value array, uint8 (H, W); 255 = ignore."""
         entry = file_of_season(self.description, spec.name, key, slots, scene)
         raster = geotiff.decode(self.inventory.read(entry), entry.path, VALUE_DTYPES, 1, None)
-        values, wrong = ClassMap(self.description.values[spec.name]).apply(raster.pixels[0], raster.nodata)
+        values, wrong = self._class_maps[spec.name].apply(raster.pixels[0], raster.nodata)
         if wrong is not None:
             allowed = self.description.values[spec.name].map or f"0-{len(spec.values) - 1} and {IGNORE}"
             raise Rejected(f"{spec.name}_out_of_range", entry.path, f"it has the value {wrong}; allowed are {allowed}")

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.archives.description import Units, ValueFiles
+from cromss_dist.data.archives.files import MAX_STORED_VALUE, Units, ValueFiles
 from cromss_dist.data.sample import Uint8Array
 from cromss_dist.schema import IGNORE, Normalisation
 
@@ -93,14 +93,14 @@ class ClassMap:
 
     @cached_property
     def _table(self) -> tuple[npt.NDArray[np.int16], int]:
-        """Our value of the stored values 0-255, and of all beyond; -1 for what must not be there."""
+        """Our value of each stored value in reach of a map, and of all beyond; -1 for what must not be there."""
         given: dict[int, int] = {value: value for value in range(len(self.files.names))}
         other = -1
         if self.files.map is not None:
             ours = {stored: IGNORE if value == "ignore" else value for stored, value in self.files.map.items()}
             other = ours.pop("other", -1)
             given = {stored: value for stored, value in ours.items() if stored != "other"}
-        table = np.full(256, other, np.int16)
+        table = np.full(MAX_STORED_VALUE + 1, other, np.int16)
         for stored, value in {IGNORE: IGNORE, **given}.items():
             table[stored] = value
         return table, other

@@ -140,6 +140,7 @@ def test_a_missing_file_is_named_as_far_as_it_is_known(small: ArchiveDescription
         ({"values__label__classes": ["a", "a"]}, "distinct names"),
         ({"values__label__classes": "dynamic_word"}, "'dynamic_world' or 'noise_kinds' or a list"),
         ({"values__label__map": {0: 2}}, "map to 0-1"),
+        ({"values__label__map": {-1: 0}}, "map from 0-65535"),
         ({"values__label__map": {"rest": "ignore"}}, "a whole number or 'other'"),
         ({"values__label__optional": True}, "every sample needs a label"),
         ({"values__s2_cloud": SMALL["values"]["label"]}, "not those of images"),

@@ -2,7 +2,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cromss_dist.data.archives.description import Units, ValueFiles
+from cromss_dist.data.archives.files import Units, ValueFiles
 from cromss_dist.data.archives.normalise import ClassMap, Normaliser
 from cromss_dist.schema import BANDS, NORMALISATION, Modality
 
@@ -90,6 +90,11 @@ def test_classes_are_mapped(
     if ours is not None:
         assert values.dtype == np.uint8
         assert values.tolist() == [ours]
+
+
+def test_codes_beyond_a_byte_are_mapped() -> None:
+    stored = np.array([[111, 523, 0]], np.uint16)
+    assert classes({111: 0, 523: 2, 0: "ignore"}).apply(stored, None)[0].tolist() == [[0, 2, 255]]
 
 
 @pytest.mark.parametrize("value", [-1, 256, 100000])
