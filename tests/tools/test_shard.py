@@ -69,3 +69,21 @@ def test_missing_and_empty_archives_and_wrong_arguments_have_their_exit_codes(ar
 def test_help_names_arguments_and_exit_codes() -> None:
     text = shard("--help").stdout
     assert all(word in text for word in ("ARCHIVE", "--shard-size-mib", "--max-reject-fraction", "Exit codes", "ledger.jsonl"))
+
+
+def test_a_dry_run_prints_what_it_would_take_and_writes_nothing(archive: Path, tmp_path: Path) -> None:
+    done = shard(archive, tmp_path / "out", "--dry-run", "--write", "both")
+    assert done.returncode == 0, done.stderr
+    assert all(
+        word in done.stdout for word in ("bytes in", "bytes out", "free on that disk", "parts", "time", "Nothing was written.")
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_cube_is_written_beside_the_shards_and_both_can_be_added_to(archive: Path, tmp_path: Path) -> None:
+    assert shard(archive, tmp_path / "out", "--write", "both").returncode == 0
+    other = write_archive(tmp_path / "other", ("0000500",))
+    done = shard(other, tmp_path / "out", "--append")
+    assert done.returncode == 0, done.stderr
+    assert "4 samples in 2 shards and a cube" in done.stdout
+    assert sorted(os.listdir(tmp_path)) == ["other", "out"]
