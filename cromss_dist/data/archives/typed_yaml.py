@@ -1,6 +1,7 @@
 """YAML to frozen dataclasses and back: the dataclass is the schema, and whatever it does not know is an error."""
 
 import difflib
+import reprlib
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -67,7 +68,9 @@ def _convert(hint: Any, value: Any, key: str, source: str) -> Any:
         if arm is float and type(value) in (int, float):
             return float(value)
     place = f"{source}: {key or 'the whole file'}"
-    raise ConfigError(f"{place} is {value!r}; expected {' or '.join(_name(arm) for arm in arms)}. See docs/archives.md.")
+    raise ConfigError(
+        f"{place} is {reprlib.repr(value)}; expected {' or '.join(_name(arm) for arm in arms)}. See docs/archives.md."
+    )
 
 
 def _build(schema: Any, values: dict[Any, Any], key: str, source: str) -> Any:
