@@ -76,8 +76,9 @@ def show_files(survey: Survey, console: Console) -> None:
 
 def show_draft(found: Draft, console: Console) -> None:
     """Prints what the rasters of a few locations hold."""
+    census = found.census
     rasters = _table("Rasters of a few locations", "role", "band", "px", "bands", "type", "1 % to 99 %", "EPSG", "files")
-    for (role, band), probes in sorted(found.sampled.items(), key=lambda item: (item[0][0], _place_of(item[0][1]))):
+    for (role, band), probes in sorted(census.sampled.items(), key=lambda item: (item[0][0], _place_of(item[0][1]))):
         sizes = Counter(f"{probe.header.height} x {probe.header.width}" for probe in probes)
         rasters.add_row(
             role,
@@ -90,26 +91,26 @@ def show_draft(found: Draft, console: Console) -> None:
             str(len(probes)),
         )
     console.print(rasters)
-    total = sum(found.label_counts.values())
+    total = sum(census.label_counts.values())
     labels = _table("Label values", "value", "pixels", "share")
-    for value, count in sorted(found.label_counts.items())[:40]:
+    for value, count in sorted(census.label_counts.items())[:40]:
         labels.add_row(str(value), f"{count:,}", f"{100 * count / total:.2f} %")
     console.print(labels)
-    places = [probe.place for probes in found.sampled.values() for probe in probes]
+    places = [probe.place for probes in census.sampled.values() for probe in probes]
     lons, lats = [p.lon for p in places if p.lon is not None], [p.lat for p in places if p.lat is not None]
-    matches = [found.description.match(probe.path) for probes in found.sampled.values() for probe in probes]
+    matches = [found.description.match(probe.path) for probes in census.sampled.values() for probe in probes]
     times = sorted(match.time[:8] for match in matches if match is not None and match.time)
-    counts = ", ".join(f"{number:,} with {role}" for role, number in found.locations.items())
-    console.print(f"Locations: {counts}; {found.complete:,} with all of them.")
+    counts = ", ".join(f"{number:,} with {role}" for role, number in census.locations.items())
+    console.print(f"Locations: {counts}; {census.complete:,} with all of them.")
     console.print(
-        "Scenes a location: " + ", ".join(f"{n} ({count:,} locations)" for n, count in sorted(found.scenes.items())) + "."
+        "Scenes a location: " + ", ".join(f"{n} ({count:,} locations)" for n, count in sorted(census.num_scenes.items())) + "."
     )
     if times:
         console.print(f"Dates: {times[0]} to {times[-1]}.")
     if lons and lats:
         console.print(f"Places: {min(lons):.2f} to {max(lons):.2f} degrees east, {min(lats):.2f} to {max(lats):.2f} north.")
-    if {"s1", "s2"} <= found.locations.keys():
-        told = ", ".join(f"{key} ({s.rows_px:+.1f}, {s.cols_px:+.1f})" for key, s in sorted(found.shifts.items())[:NUM_NAMED])
+    if {"s1", "s2"} <= census.locations.keys():
+        told = ", ".join(f"{key} ({s.rows_px:+.1f}, {s.cols_px:+.1f})" for key, s in sorted(census.shifts.items())[:NUM_NAMED])
         console.print(f"S1 against S2, px of 10 m down and right: {told or 'cannot be told'}.")
 
 
@@ -119,7 +120,7 @@ def show_odd(survey: Survey, found: Draft, console: Console) -> None:
     kinds = (
         ("files of no bytes", survey.num_empty, survey.empty),
         ("rasters that cannot be read", len(survey.damaged), [str(rejected) for rejected in survey.damaged]),
-        ("rasters of another size or type", len(found.odd), found.odd),
+        ("rasters of another size or type", len(found.census.odd), found.census.odd),
         ("rasters that the draft leaves out", sum(p.count for p in found.unused), [p.text for p in found.unused]),
         ("entries that are no plain file", sum(refused.values()), [f"{n} {kind}" for kind, n in refused.items()]),
         ("files in conflicting copies", len(survey.inventory.conflicting), list(survey.inventory.conflicting.values())),

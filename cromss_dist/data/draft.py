@@ -4,27 +4,21 @@ import csv
 import io
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from heapq import nsmallest
-from typing import Literal, TypeAlias
-
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from cromss_dist.data.archives.description import ArchiveDescription, dump
 from cromss_dist.data.archives.files import ImageFiles, LocationList, OffsetRule, Units, ValueFiles
-from cromss_dist.data.archives.inventory import Match
+from cromss_dist.data.census import NUM_SAMPLED, Census, Scenes, take_census
 from cromss_dist.data.draft_paths import DraftedPath, draft_paths
 from cromss_dist.data.path_patterns import Pattern
-from cromss_dist.data.quality import SHIFT_CONFIDENCE, Shift, estimate_shift
 from cromss_dist.data.sample import Rejected
 from cromss_dist.data.survey import RASTERS, Probe, Survey
 from cromss_dist.errors import ArchiveEmptyError
 from cromss_dist.schema import BANDS, IMAGE_ARRAYS, LABEL_ARRAY, MODALITIES, NUM_CLASSES, S2_9, S2_12, S2_BANDS, S2_RGB, Modality
 
-NUM_SAMPLED = 12  # locations of which every file is decoded
 MAX_CLASSES = 64
 MAX_LIST_BYTES = 2**26
 # Number of bands of a file -> the order that is usual.
@@ -36,8 +30,6 @@ USUAL_BANDS: dict[Modality, dict[int, tuple[str, ...]]] = {
 OFFSET_SINCE, OFFSET_DN = "20220125", 1000.0  # processing baseline 04.00, see configs/archives/noldo_s12.yaml
 BASELINE = "PROCESSING_BASELINE"
 
-Scenes: TypeAlias = dict[str, dict[str, set[str]]]  # role -> location -> names of its scenes
-
 
 @dataclass
 class Draft:
@@ -47,34 +39,15 @@ class Draft:
         description: The draft.
         remarks: Dotted key -> what was seen, or what was guessed and why it may be wrong.
         patterns: Role -> the pattern of its files.
-        locations: Role -> number of locations that have files of it.
-        complete: Locations that have files of every role.
-        scenes: Number of scenes -> locations that have so many, of the modality the seasons were counted in.
-        sampled: (role, band) -> rasters of the sampled locations.
-        label_counts: Stored label value -> pixels, of the sampled locations.
-        shifts: Location -> S1 against S2, px of 10 m.
+        census: Locations, and what the files of a few of them hold.
         unused: Patterns of rasters that nothing in the draft matches.
     """
 
     description: ArchiveDescription
     remarks: dict[str, str]
     patterns: dict[str, Pattern]
-    locations: dict[str, int] = field(default_factory=dict)
-    complete: int = 0
-    scenes: Counter[int] = field(default_factory=Counter)
-    sampled: dict[tuple[str, str], list[Probe]] = field(default_factory=dict)
-    label_counts: Counter[int] = field(default_factory=Counter)
-    shifts: dict[str, Shift] = field(default_factory=dict)
-    unused: tuple[Pattern, ...] = ()
-
-    @property
-    def odd(self) -> list[str]:
-        """Of the sampled rasters those of another size or type than most of their role and band."""
-        told = []
-        for probes in self.sampled.values():
-            (usual, _), *_ = Counter(_make(probe) for probe in probes).most_common(1)
-            told += [f"{p.path}: {_make(p)}, most are {usual}" for p in probes if _make(p) != usual]
-        return told
+    census: Census
+    unused: tuple[Pattern, ...]
 
     @property
     def text(self) -> str:
@@ -110,11 +83,11 @@ def draft(survey: Survey, name: str) -> Draft:
             )
     fields = {piece: regex for path in paths.values() for piece, regex in path.fields.items()}
     description = ArchiveDescription(name, images, values, paths[LABEL_ARRAY].key, fields, "drafted by tools/describe.py")
-    found = Draft(description, remarks, patterns)
-    scenes = _take_census(survey, found)
-    _refine(survey, found, paths, scenes)
+    census = take_census(survey, description, [patterns[role] for role in description.required_roles])
     used = [*patterns.values()]
-    found.unused = tuple(p for p in survey.patterns if p.extension in RASTERS and p not in used)
+    unused = tuple(p for p in survey.patterns if p.extension in RASTERS and p not in used)
+    found = Draft(description, remarks, patterns, census, unused)
+    _refine(survey, found, paths)
     return found
 
 
@@ -154,98 +127,24 @@ def _image_files(modality: Modality, pattern: Pattern, path: DraftedPath, survey
     return ImageFiles(path.path, bands, path.scene, "auto", gsd_m, metadata=None)
 
 
-def _make(probe: Probe) -> str:
-    shape = probe.header
-    return f"{shape.height} x {shape.width} px, {shape.bands} band{'s'[: shape.bands > 1]}, {shape.dtype}"
-
-
-def _take_census(survey: Survey, found: Draft) -> Scenes:
-    """Counts locations and scenes, and decodes the files of a few locations."""
-    scenes: Scenes = {role: {} for role in found.description.required_roles}
-    patterns = [found.patterns[role] for role in found.description.required_roles]
-    for entry in survey.entries(patterns):
-        match = found.description.match(entry.path)
-        if match is not None and match.role in scenes:
-            scenes[match.role].setdefault(match.key, set()).add(match.scene)
-    found.locations = {role: len(of_role) for role, of_role in scenes.items()}
-    complete = set.intersection(*(set(of_role) for of_role in scenes.values()))
-    found.complete = len(complete)
-    if not complete:
-        counts = ", ".join(f"{number} of {role}" for role, number in found.locations.items())
-        raise ArchiveEmptyError(
-            f"{survey.inventory.root}: no location has all of {', '.join(scenes)} ({counts}), going by the paths "
-            f"{', '.join(p.text for p in patterns)}. Write the description by hand: docs/archives.md."
-        )
-    counted = "s2" if "s2" in scenes else "s1"
-    found.scenes = Counter(len(scenes[counted][key]) for key in complete)
-    chosen = set(nsmallest(NUM_SAMPLED, complete, key=lambda key: zlib.crc32(key.encode())))
-    by_season: dict[str, dict[Modality, list[tuple[Match, Probe]]]] = {key: {"s1": [], "s2": []} for key in chosen}
-    for entry in survey.entries(patterns):
-        match = found.description.match(entry.path)
-        if match is None or match.key not in chosen:
-            continue
-        probe = survey.probe(entry)
-        if probe is None:
-            continue
-        if match.role == LABEL_ARRAY:
-            values, counts_of = np.unique(probe.pixels, return_counts=True)
-            found.label_counts.update({int(v): int(n) for v, n in zip(values, counts_of, strict=True) if np.isfinite(v)})
-        elif match.role in by_season[match.key]:
-            by_season[match.key]["s1" if match.role == "s1" else "s2"].append((match, probe))
-        # Pixels of all samples at once would not be small; the rest of what is known of them is.
-        found.sampled.setdefault((match.role, match.band), []).append(replace(probe, pixels=probe.pixels[:, :1, :1]))
-    for key, of_modality in sorted(by_season.items()):
-        shift = _shift(of_modality)
-        if shift is not None:
-            found.shifts[key] = shift
-    return scenes
-
-
-def _shift(scenes: dict[Modality, list[tuple[Match, Probe]]]) -> Shift | None:
-    """S1 against S2 of a location's first scenes that show a confident shift; None where none does."""
-    pictures: dict[Modality, list[np.ndarray]] = {}
-    for modality, files in scenes.items():
-        by_scene: dict[tuple[str, str], list[Probe]] = {}
-        for match, probe in files:
-            by_scene.setdefault((match.time, match.scene), []).append(probe)
-        pictures[modality] = [_intensity(by_scene[scene]) for scene in sorted(by_scene)]
-    for radar, optical in zip(pictures["s1"], pictures["s2"], strict=False):
-        height, width = (min(a, b) for a, b in zip(radar.shape, optical.shape, strict=True))
-        if min(height, width) >= 32:
-            shift = estimate_shift(radar[:height, :width], optical[:height, :width])
-            if shift.confidence >= SHIFT_CONFIDENCE:
-                return shift
-    return None
-
-
-def _intensity(probes: Sequence[Probe]) -> np.ndarray:
-    """Mean of the finest bands, strong values tamed."""
-    finest = max(probe.header.height for probe in probes)
-    stack = np.concatenate([p.pixels.astype(np.float32) for p in probes if p.header.height == finest])
-    stack = np.nan_to_num(stack, nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = np.percentile(stack, (1, 99), axis=(1, 2), keepdims=True)
-    return np.asarray(np.clip(stack, low, high).mean(axis=0), np.float32)
-
-
-def _refine(survey: Survey, found: Draft, paths: dict[str, DraftedPath], scenes: Scenes) -> None:
+def _refine(survey: Survey, found: Draft, paths: dict[str, DraftedPath]) -> None:
     """Puts into the description what only the pixels tell."""
-    description, remarks = found.description, found.remarks
+    description, census = found.description, found.census
     images = {modality: _with_values(modality, files, found, paths, survey) for modality, files in description.images.items()}
     values = {name: _with_classes(name, files, found) for name, files in description.values.items()}
-    seasons, most = found.scenes.most_common(1)[0]
-    if most < found.complete:
-        others = ", ".join(f"{n} locations have {number}" for number, n in sorted(found.scenes.items()) if number != seasons)
-        remarks["seasons"] = f"guess: {others}; those will be rejected"
-    found.description = replace(
-        description, images=images, values=values, seasons=seasons, locations=_location_list(survey, description, scenes)
-    )
+    seasons, most = census.num_scenes.most_common(1)[0]
+    if most < census.complete:
+        others = ", ".join(f"{n} locations have {number}" for number, n in sorted(census.num_scenes.items()) if number != seasons)
+        found.remarks["seasons"] = f"guess: {others}; those will be rejected"
+    locations = _location_list(survey, description, census.scenes)
+    found.description = replace(description, images=images, values=values, seasons=seasons, locations=locations)
 
 
 def _with_values(
     modality: Modality, files: ImageFiles, found: Draft, paths: dict[str, DraftedPath], survey: Survey
 ) -> ImageFiles:
     at = f"images.{modality}"
-    probes = [probe for (role, _), of_band in found.sampled.items() if role == modality for probe in of_band]
+    probes = [probe for (role, _), of_band in found.census.sampled.items() if role == modality for probe in of_band]
     dtypes = Counter(probe.header.dtype for probe in probes)
     dtype = dtypes.most_common(1)[0][0]
     low, high = min(probe.low for probe in probes), max(probe.high for probe in probes)
@@ -291,7 +190,7 @@ def _distance(files: ImageFiles, found: Draft, modality: Modality) -> int | Lite
         return files.gsd_m
     scale = {band: spec.scale for spec in IMAGE_ARRAYS for band in spec.bands}
     sizes: dict[int, Counter[int]] = {}
-    for (role, band), probes in found.sampled.items():
+    for (role, band), probes in found.census.sampled.items():
         if role == modality:
             sizes.setdefault(scale[band], Counter()).update(probe.header.height for probe in probes)
     common = {scale: of_scale.most_common(1)[0][0] for scale, of_scale in sizes.items()}
@@ -301,7 +200,7 @@ def _distance(files: ImageFiles, found: Draft, modality: Modality) -> int | Lite
 def _with_classes(name: str, files: ValueFiles, found: Draft) -> ValueFiles:
     if name != LABEL_ARRAY:
         return files
-    seen = sorted(value for value in found.label_counts if value != 255)
+    seen = sorted(value for value in found.census.label_counts if value != 255)
     words = {piece.constant.lower() for piece in found.patterns[name].pieces if piece.kind == "text" and piece.constant}
     is_dw = bool(words & {"dw", "dynamicworld"})
     if is_dw and seen and seen[-1] in (NUM_CLASSES, NUM_CLASSES + 1):
@@ -318,7 +217,7 @@ def _with_classes(name: str, files: ValueFiles, found: Draft) -> ValueFiles:
         )
         return files
     found.remarks["values.label.classes"] = (
-        f"edit: name the values; {seen} were seen in {min(NUM_SAMPLED, found.complete)} locations"
+        f"edit: name the values; {seen} were seen in {min(NUM_SAMPLED, found.census.complete)} locations"
     )
     contiguous = seen == list(range(len(seen)))
     plain: dict[int | Literal["other"], int | Literal["ignore"]] = {value: number for number, value in enumerate(seen)}

@@ -31,13 +31,13 @@ class Pixel:
     def __init__(self) -> None:
         self._rng = np.random.default_rng(5)
 
-    def s1(self, bands: int = 1) -> Pixels:
+    def s1(self, bands: int = 1) -> npt.NDArray[np.float32]:
         return self._rng.normal(-14, 4, (bands, PX, PX)).astype(np.float32)
 
-    def linear(self) -> Pixels:
-        return (10 ** (self.s1(2) / 10)).astype(np.float32)
+    def linear(self) -> npt.NDArray[np.float32]:
+        return np.power(10, self.s1(2) / 10, dtype=np.float32)
 
-    def s2(self, bands: int = 1, scale: int = 1) -> Pixels:
+    def s2(self, bands: int = 1, scale: int = 1) -> npt.NDArray[np.uint16]:
         return self._rng.integers(200, 6000, (bands, PX // scale, PX // scale)).astype(np.uint16)
 
     def reflectance(self) -> Pixels:

@@ -66,7 +66,7 @@ def test_the_contact_sheet_shows_each_season_of_each_location(synthetic_shards: 
 
 def test_a_location_lies_where_its_coordinates_say(tmp_path: Path) -> None:
     figure = draw_map([10.0, -60.0], [50.0, -10.0])
-    (dots,) = [collection for collection in figure.axes[0].collections if len(collection.get_offsets()) == 2]
+    (dots,) = [collection for collection in figure.axes[0].collections if np.shape(collection.get_offsets()) == (2, 2)]
     np.testing.assert_array_equal(np.asarray(dots.get_offsets()), [[10, 50], [-60, -10]])
     assert "2 locations" in figure.axes[0].get_title(loc="left")
     save(figure, tmp_path / "map.png")

@@ -115,8 +115,8 @@ def test_odd_files_are_named(tmp_path: Path) -> None:
     found = draft(survey, "towns")
     assert (survey.num_empty, survey.empty) == (1, [f"bonn/s2_{DAYS[0]}.tif"])
     assert [rejected.reason for rejected in survey.damaged if rejected.path == survey.empty[0]] != []
-    assert len(found.odd) == 1
-    assert found.odd[0].startswith(f"celle/s2_{DAYS[1]}.tif: 40 x 40 px, 4 bands, float32")
+    assert len(found.census.odd) == 1
+    assert found.census.odd[0].startswith(f"celle/s2_{DAYS[1]}.tif: 40 x 40 px, 4 bands, float32")
     assert [pattern.text for pattern in found.unused] == ["quicklooks/0001.tif"]
 
 
@@ -125,8 +125,8 @@ def test_facts_of_the_real_archive(mini_archive: Path) -> None:
     assert found.description.seasons == 4
     assert found.description.locations is not None
     assert (found.description.locations.csv, found.description.locations.digits) == ("dw_complete_ids.csv", 7)
-    assert found.locations == {"s1": 6, "s2": 6, "label": 6}
-    assert found.label_counts[4] == 500_789  # crops, from the archive's own table
+    assert found.census.locations == {"s1": 6, "s2": 6, "label": 6}
+    assert found.census.label_counts[4] == 500_789  # crops, from the archive's own table
     assert "guess" not in found.text
     offset = found.description.images["s2"].offset
     assert offset is not None
@@ -150,7 +150,7 @@ def test_units_are_told_by_the_values(tmp_path: Path) -> None:
 def test_an_offset_without_metadata_is_guessed_and_marked(tmp_path: Path) -> None:
     pixel = Pixel()
     for number in range(3):
-        write_tif(tmp_path / "s2" / f"{number:03}_20230401.tif", pixel.s2(13) + np.uint16(1000))
+        write_tif(tmp_path / "s2" / f"{number:03}_20230401.tif", (pixel.s2(13) + 1000).astype(np.uint16))
         write_tif(tmp_path / "label" / f"{number:03}_20230401.tif", pixel.label((0, 1)))
     found = draft(look(tmp_path), "x")
     offset = found.description.images["s2"].offset
@@ -169,7 +169,7 @@ def test_a_planted_shift_shows(tmp_path: Path) -> None:
         write_tif(tmp_path / "s1" / f"{number:03}.tif", np.stack([radar, radar - 6]).astype(np.float32))
         write_tif(tmp_path / "s2" / f"{number:03}.tif", np.stack([500 + 3000 * fields] * 4).astype(np.uint16))
         write_tif(tmp_path / "label" / f"{number:03}.tif", (fields > 0.5).astype(np.uint8)[None])
-    shifts = draft(look(tmp_path), "x").shifts
+    shifts = draft(look(tmp_path), "x").census.shifts
     assert sorted(shifts) == ["000", "001"]
     assert all((s.rows_px, s.cols_px) == pytest.approx((3, -2), abs=0.3) for s in shifts.values())
 
