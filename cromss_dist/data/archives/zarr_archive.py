@@ -35,7 +35,6 @@ SUFFIX = ".zarr.zip"
 LABELS = "noldo_s12"  # the description whose label files are read
 OFFSET_DN = 1000
 CIRRUS = "B10"  # next to no light comes back in it: its usual value is the offset, about 20 DN without (SSL4EO-S12's mean is 22)
-NUM_PROBES = 8  # locations whose cirrus band is looked at
 _FOLDERS: dict[Modality, tuple[str, ...]] = {"s1": ("s1grd", "s1"), "s2": ("s2l1c", "s2c")}
 _DTYPES = {"s1": ("float16", *DTYPES["dB"]), "s2": DTYPES["reflectance_x10000"]}
 _TIME = re.compile(r"\d{8}T\d{6}")
@@ -289,15 +288,15 @@ def _list_locations(modality: Modality, file: ZarrZip) -> tuple[list[str], tuple
 
 
 def _measure_offset(stores: list[ZarrZip], held: dict[str, _Held], bands: tuple[str, ...]) -> int:
-    """OFFSET_DN where the cirrus band of the first locations says so, else 0."""
-    usual = []
-    for place in list(held.values())[:NUM_PROBES]:
+    """OFFSET_DN where the cirrus band of the first location that can be read says so, else 0."""
+    for place in held.values():
         try:
             with stores[place.store].open() as store:
-                usual.append(np.median(store.read("bands", place.row, place.row + 1)[0, :, bands.index(CIRRUS)]))
+                cirrus = store.read("bands", place.row, place.row + 1)[0, :, bands.index(CIRRUS)]
         except Rejected:
             continue  # it is counted when it is read
-    return OFFSET_DN if usual and np.median(usual) >= OFFSET_DN / 2 else 0
+        return OFFSET_DN if np.median(cirrus) >= OFFSET_DN / 2 else 0
+    return 0  # no location can be read
 
 
 def _same(stores: list[ZarrZip], first: _Held, second: _Held) -> bool:
