@@ -23,9 +23,8 @@ from cromss_dist.data.archives.zip import local_bytes, unzip, zip_members
 from cromss_dist.errors import InputChangedError, UnreadableInputError
 
 # A gzip stream is given up once it has inflated to this many bytes, and to more than so many times its size.
-BOMB_BYTES = 2 * 2**30
+BOMB_BYTES = 2**29
 BOMB_RATIO = 200
-MAX_INFLATED_MEMBER = 2**30  # bytes of a tar member that are decompressed only to pass over it
 
 _KINDS = {"tar": "tar", "tar.gz": "tar.gz", "tgz": "tar.gz", "zip": "zip"}
 # s2c.tar.gz; s2c.tar.gz.partaa, .part-000, .aa, .000 as split(1) names them
@@ -110,13 +109,14 @@ def members(container: Container, root: Path, index: Path, progress: Callable[[i
     with _Parts(container, root) as parts:
         if container.kind == "tar.gz":
             yield from _gzip_members(container, parts, index, progress)
-            return
-        with io.BufferedReader(parts, 2**16) as stream:
+        else:
+            stream = io.BufferedReader(parts, 2**13)  # small: of a tar only the headers are read
             listed = zip_members if container.kind == "zip" else tar_members
             for member in listed(cast(BinaryIO, stream), container.size):
                 if progress is not None:
                     progress(min(member.offset, container.size))
                 yield member
+        parts.check_unchanged()
 
 
 class ContainerReader:
@@ -242,9 +242,7 @@ class _Inflating(io.RawIOBase):
         buffer[: len(data)] = data
         self.inflated += len(data)
         if self.inflated > max(BOMB_BYTES, BOMB_RATIO * consumed):
-            raise Damaged(
-                f"too_big: its first {consumed} bytes inflate to more than {self.inflated}; is it a decompression bomb?"
-            )
+            raise Damaged(f"its first {consumed} bytes inflate to {self.inflated}, as a decompression bomb does")
         if self._progress is not None:
             self._progress(consumed)
         return len(data)
@@ -256,7 +254,7 @@ class _Gzip:
     def __init__(self, parts: _Parts, num_bytes: int, threads: int) -> None:
         # rapidgzip holds up to 16 chunks, each inflated to up to 20 times its size: small chunks for small files bound what
         # a bomb takes, and large ones for large files bound their index (4 KB a chunk).
-        chunk = min(max(num_bytes // 4096, 2**17), 2**22)
+        chunk = min(max(num_bytes // 4096, 2**17), 2**23)
         with _decoding():
             self.file = rapidgzip.RapidgzipFile(parts, parallelization=threads, chunk_size=chunk)
         self.close = weakref.finalize(self, self.file.close)
