@@ -5,7 +5,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -260,6 +260,40 @@ def test_a_sample_that_the_ledger_does_not_know_is_named(dataset: Path) -> None:
     change_manifest(dataset, lambda m: m["ledger"].update(sha256=digest, inputs=7, written=5))
     keys = [problem.key for problem in verify(dataset).problems]
     assert keys.count("0000005") == 2  # in the shards and in the cube
+
+
+def test_samples_of_the_ledger_that_are_nowhere_are_named(dataset: Path) -> None:
+    FAST["unnamed shard"][2](dataset)
+    assert ("ledger.jsonl", "0000006", None, None) in found(verify(dataset))
+
+
+def strange(content: Any, rng: np.random.Generator) -> Any:
+    """The content with one value somewhere inside replaced by one that nobody would expect."""
+    if isinstance(content, dict) and content and rng.random() < 0.9:
+        name = list(content)[rng.integers(len(content))]
+        return {**content, name: strange(content[name], rng)}
+    if isinstance(content, list) and content and rng.random() < 0.9:
+        place = int(rng.integers(len(content)))
+        return [*content[:place], strange(content[place], rng), *content[place + 1 :]]
+    return [None, -1, 10**15, 10**40, 0.5, "x", "../x", [], [1], {}, True][rng.integers(11)]
+
+
+@pytest.mark.parametrize("times", [30, pytest.param(300, marks=pytest.mark.slow)])
+def test_strange_content_with_fitting_digests_ends_in_a_report(dataset: Path, template: Path, times: int) -> None:
+    rng = np.random.default_rng(times)
+    for _ in range(times):
+        record = strange(json.loads((template / "shard-000001.json").read_bytes()), rng)
+        (dataset / "shard-000001.json").write_bytes(canonical(record))
+        manifest = json.loads((template / MANIFEST).read_bytes())
+        del manifest["digest"]
+        if rng.random() < 0.5:
+            manifest = strange(manifest, rng)
+        else:
+            manifest["shards"][1]["record_sha256"] = hashlib.sha256(canonical(record)).hexdigest()
+        if isinstance(manifest, dict):
+            write_manifest(dataset, manifest)
+        report = verify(dataset, deep=True, source=fake_source())
+        assert all(isinstance(problem.what, str) for problem in report.problems)
 
 
 def test_a_record_that_points_outside_its_tar_is_refused_and_the_rest_is_read(dataset: Path) -> None:
