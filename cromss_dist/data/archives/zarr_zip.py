@@ -9,6 +9,7 @@ Reference: Zarr storage specification version 2.
 
 import itertools
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -75,7 +76,15 @@ class ZarrZip:
                 yield Store(file, self.name)
         except FileNotFoundError as error:
             raise InputChangedError(f"{self.name} is gone since the archive was opened; put it back and run it again.") from error
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, OSError) as error:
+        except (
+            zipfile.BadZipFile,
+            NotImplementedError,
+            EOFError,
+            UnicodeDecodeError,
+            struct.error,
+            zlib.error,
+            OSError,
+        ) as error:
             raise Rejected("unreadable", self.name, f"as a zip file: {error}") from error
 
 
