@@ -127,7 +127,7 @@ def show_odd(survey: Survey, found: Draft, console: Console) -> None:
     )
     odd = [(what, number, named) for what, number, named in kinds if number]
     for what, number, named in odd:
-        console.print(f"Odd: {number:,} {what}: {'; '.join(named[:NUM_NAMED])}", soft_wrap=True)
+        console.print(f"Odd: {what} ({number:,}): {'; '.join(named[:NUM_NAMED])}", soft_wrap=True)
     if not odd:
         console.print("Odd files: none.")
 

@@ -33,7 +33,7 @@ def test_a_look_says_what_is_there_and_writes_a_draft(archive: Path, tmp_path: P
     assert "<word>/s2_<time>.tif" in said
     assert "4 with s1, 4 with s2, 4 with label" in said
     assert "Dates: 20200323 to 20201229" in said
-    assert f"Odd: 1 files of no bytes: bonn/s2_{DAYS[3]}.tif" in said
+    assert f"Odd: files of no bytes (1): bonn/s2_{DAYS[3]}.tif" in said
     assert "values.label.classes (edit)" in said
     assert f"--description {tmp_path / 'towns.yaml'}" in said
     assert load(tmp_path / "towns.yaml").name == "towns"
