@@ -132,7 +132,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[tuple[Sample, Checksu
         told = [{"key": key, "members": [asdict(member) for member in of_key]} for key, of_key in members]
         return canonical({"shard": name, "size": file.size, "sha256": file.sha256.hexdigest(), "samples": told})
 
-    with atomic_file(folder / name, check=lambda path: _verify_tar(path, entry(), members)) as raw:
+    with atomic_file(folder / name, check=lambda path: _check_written(path, file, members)) as raw:
         file = _HashingFile(raw)
         members.append((first[0].key, _write_sample(file, *first)))
         failpoint("mid_write")
@@ -209,10 +209,8 @@ def verify_shard(folder: Path, entry: ShardEntry) -> None:
     Raises:
         ShardError: a byte of the tar or of its record changed, names what.
     """
-    _verify_tar(folder / entry.name, entry, read_record(folder, entry))
-
-
-def _verify_tar(path: Path, entry: ShardEntry, samples: list[tuple[str, tuple[Member, ...]]]) -> None:
+    path = folder / entry.name
+    samples = read_record(folder, entry)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if file.tell() != entry.size or digest != entry.sha256:
@@ -224,6 +222,21 @@ def _verify_tar(path: Path, entry: ShardEntry, samples: list[tuple[str, tuple[Me
                 file.seek(member.offset)
                 if google_crc32c.value(file.read(member.size)) != member.crc32c:
                     raise ShardError(f"{path}: sample {key}, member {member.name}: the bytes do not match their CRC-32C.")
+    _check_members(path, samples)
+
+
+def _check_written(path: Path, written: "_HashingFile", samples: list[tuple[str, tuple[Member, ...]]]) -> None:
+    """Compares a tar with what was just written, by one CRC-32C of the whole: a second sha256 would double the work."""
+    crc32c = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            crc32c = google_crc32c.extend(crc32c, block)
+        if (file.tell(), crc32c) != (written.size, written.crc32c):
+            raise ShardError(f"{path}: what was read back is not what was written. Check the disk and run it again.")
+    _check_members(path, samples)
+
+
+def _check_members(path: Path, samples: list[tuple[str, tuple[Member, ...]]]) -> None:
     with tarfile.open(path, "r:") as tar:
         found = [(info.name, info.offset_data, info.size) for info in tar]
     if found != [(f"{member_key(key)}.{m.name}", m.offset, m.size) for key, members in samples for m in members]:
@@ -231,16 +244,18 @@ def _verify_tar(path: Path, entry: ShardEntry, samples: list[tuple[str, tuple[Me
 
 
 class _HashingFile:
-    """A file open for writing that knows the size and sha256 of what went through it."""
+    """A file open for writing that knows the size, sha256 and CRC-32C of what went through it."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw = raw
         self.size = 0
         self.sha256 = hashlib.sha256()
+        self.crc32c = 0
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: bytes) -> None:
         self.size += len(data)
         self.sha256.update(data)
+        self.crc32c = google_crc32c.extend(self.crc32c, data)
         self.raw.write(data)
 
 

@@ -18,7 +18,7 @@ from cromss_dist.data.convert import Summary, estimate
 from cromss_dist.data.cubes import open_cube
 from cromss_dist.data.index import open_shards
 from cromss_dist.data.shards import manifest_entries, read_manifest, verify_shard
-from cromss_dist.errors import ConfigError, InputChangedError, OutputExistsError, RejectedInputsError, StorageError
+from cromss_dist.errors import ConfigError, InputChangedError, OutputExistsError, RejectedInputsError, ShardError, StorageError
 from tests.data.conversions import SMALL, killed_at, start, tree
 from tests.data.fake_source import FakeSource
 
@@ -195,6 +195,24 @@ def test_a_disk_that_fails_is_named_and_the_rest_goes_on_when_it_works_again(
     monkeypatch.undo()
     convert(tmp_path / "out")
     assert tree(tmp_path / "out") == reference
+
+
+def test_bytes_that_change_between_writing_and_reading_back_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = os.fsync
+
+    def flip(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.endswith(".tmp") and "shard-000001.tar" in path:
+            with open(path, "r+b") as file:
+                file.seek(5000)
+                byte = file.read(1)[0]
+                file.seek(5000)
+                file.write(bytes([byte ^ 1]))
+        works(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flip)
+    with pytest.raises(ShardError, match=r"shard-000001\.tar.*read back is not what was written"):
+        convert(tmp_path / "out")
 
 
 def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
