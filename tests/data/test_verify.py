@@ -110,6 +110,8 @@ FAST: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     ),
     "surplus tar": ("shard-000009.tar", "is surplus", lambda d: shutil.copy(d / "shard-000001.tar", d / "shard-000009.tar")),
     "left-over": (".shard-000001.tar.0123.tmp", "is surplus", lambda d: (d / ".shard-000001.tar.0123.tmp").write_bytes(b"")),
+    "malformed record": ("shard-000001.json", "is malformed", lambda d: change_record(d, 1, lambda r: r.update(samples=[{}]))),
+    "short record": ("shard-000001.json", "lists 0 samples", lambda d: change_record(d, 1, lambda r: r["samples"].pop())),
     "no cube record": (RECORD, "is missing", lambda d: (d / RECORD).unlink()),
     "edited cube record": (RECORD, "is not the record", lambda d: edit(d / RECORD, b'"size":', b'"size" :')),
     "no cube": (f"{CUBE}/crs/c.0.0", "is missing", lambda d: shutil.rmtree(d / CUBE)),
@@ -130,6 +132,16 @@ def edit(path: Path, old: bytes, new: bytes) -> None:
     data = path.read_bytes()
     assert old in data
     path.write_bytes(data.replace(old, new, 1))
+
+
+def change_record(folder: Path, shard: int, change: Callable[[Json], object]) -> None:
+    """Edits a commit record, with digests that fit."""
+    path = folder / f"shard-{shard:06d}.json"
+    record = json.loads(path.read_bytes())
+    change(record)
+    path.write_bytes(canonical(record))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    change_manifest(folder, lambda m: m["shards"][shard].update(record_sha256=digest))
 
 
 @pytest.mark.parametrize("fault", FAST)
@@ -298,13 +310,12 @@ def test_strange_content_with_fitting_digests_ends_in_a_report(dataset: Path, te
 
 def test_a_record_that_points_outside_its_tar_is_refused_and_the_rest_is_read(dataset: Path) -> None:
     """Digests fit: a record from elsewhere, which would have us read and allocate what it says."""
-    path = dataset / "shard-000000.json"
-    record = json.loads(path.read_bytes())
-    record["samples"][0]["members"][1]["size"] = 10**15
-    record["samples"][1]["members"][0]["offset"] = -1
-    path.write_bytes(canonical(record))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    change_manifest(dataset, lambda m: m["shards"][0].update(record_sha256=digest))
+
+    def point_outside(record: Json) -> None:
+        record["samples"][0]["members"][1]["size"] = 10**15
+        record["samples"][1]["members"][0]["offset"] = -1
+
+    change_record(dataset, 0, point_outside)
     report = verify(dataset, deep=True)
     assert found(report)[:2] == [
         ("shard-000000.tar", "0000000", "s1", None),
