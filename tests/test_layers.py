@@ -39,7 +39,7 @@ HOMES = {
     "tifffile": ("cromss_dist/data/archives/geotiff.py",),
     "imagecodecs": ("cromss_dist/data/archives/geotiff.py",),
     "rapidgzip": ("cromss_dist/data/archives/containers.py",),
-    "lmdb": ("cromss_dist/data/archives/lmdb_archive.py",),
+    "lmdb": (),  # ends by a signal on damaged files: archives/lmdb_file.py reads the format; tests write it
     "zarr": ("cromss_dist/data/cubes.py", "cromss_dist/data/archives/zarr_archive.py"),
     "xarray": ("cromss_dist/data/cubes.py",),
     "huggingface_hub": ("cromss_dist/data/hub.py",),
