@@ -25,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.convert import Estimate, Runner, Summary, convert, estimate, run_here
+from cromss_dist.data.convert import Runner, Summary, convert, run_here
+from cromss_dist.data.estimate import Estimate, estimate
 from cromss_dist.data.plan import locations_per_part
 from cromss_dist.data.sample import Source
 from cromss_dist.data.workplace import claimed
@@ -104,7 +105,7 @@ def show_estimate(told: Estimate, options: argparse.Namespace, console: Console)
     table.add_row("bytes out", f"{_size(told.bytes_out)} (from {told.num_tried} locations)")
     table.add_row("free on that disk", _size(told.free_bytes))
     table.add_row("parts", str(told.num_parts))
-    table.add_row("time", f"{_duration(told.seconds)} with {min(options.workers, told.num_parts)} workers")
+    table.add_row("time", f"{_duration(told.seconds)} on {min(options.workers, told.num_parts)} of {options.workers} workers")
     console.print(table)
     console.print("Nothing was written.")
 

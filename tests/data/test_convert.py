@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from cromss_dist.data import convert as converter
-from cromss_dist.data.convert import Summary, estimate
+from cromss_dist.data.convert import Summary
 from cromss_dist.data.cubes import open_cube
+from cromss_dist.data.estimate import estimate
 from cromss_dist.data.index import open_shards
 from cromss_dist.data.shards import manifest_entries, read_manifest, verify_shard
 from cromss_dist.errors import ConfigError, InputChangedError, OutputExistsError, RejectedInputsError, ShardError, StorageError
