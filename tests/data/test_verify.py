@@ -119,6 +119,7 @@ FAST: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "cut chunk": (f"{CUBE}/s1/c.1.0.0.0.0", "has 7 bytes", lambda d: os.truncate(d / CUBE / "s1" / "c.1.0.0.0.0", 7)),
     "surplus chunk": (f"{CUBE}/s1/c.8", "is not in the record", lambda d: (d / CUBE / "s1" / "c.8").write_bytes(b"")),
     "cube metadata": (f"{CUBE}/zarr.json", "is not the metadata", lambda d: edit(d / CUBE / "zarr.json", b"CF-1.11", b"CF-1.12")),
+    "flipped coordinate": (CUBE, "coordinates cannot be read", lambda d: flip(d / CUBE / "lon" / "c.0", 10)),
     "other counts": ("ledger.jsonl", "has 6 samples", lambda d: change_manifest(d, lambda m: m.update(num_samples=5))),
     "other inputs": ("ledger.jsonl", "has 8 inputs", lambda d: change_manifest(d, lambda m: m["ledger"].update(inputs=9))),
     "cube size": (RECORD, "lists 58 files", lambda d: change_manifest(d, lambda m: m["cube"].update(files=57))),
