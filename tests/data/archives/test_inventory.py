@@ -283,7 +283,7 @@ def test_a_cut_container_is_refused_or_with_allow_partial_taken_up_to_the_cut(ro
                 assert inventory.read(entry) == files[entry.path]
                 read += 1
         counts.add(read)
-    assert len(counts) > 1
+    assert len(counts) > (route == "tar")
     for missing in (1, 4, 8) if route != "tar" else ():  # the last bytes say how much there should be
         cut.write_bytes(whole[:-missing])
         with pytest.raises(UnreadableInputError, match="cut off"):
