@@ -25,9 +25,9 @@ import rasterio
 from PIL import Image
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.convert import convert, run_here
+from cromss_dist.data.conversion.convert import convert, run_here
 from cromss_dist.data.sample import Sample
-from cromss_dist.data.shards import Checksums, season_checksums, write_shard
+from cromss_dist.data.store.shards import Checksums, season_checksums, write_shard
 from cromss_dist.schema import BANDS, NORMALISATION, NUM_CLASSES, Modality
 from launch.parallel import ray_runner
 

@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -54,7 +53,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--shard-size-mib", type=int, default=64, help="of all formats with shards (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="of the parallel conversion; 1 leaves it out")
     parser.add_argument(
-        "--memory", nargs="*", type=int, default=[100, 1000, 10000], metavar="LOCATIONS", help="archive sizes to take peak memory at"
+        "--memory",
+        nargs="*",
+        type=int,
+        default=[100, 1000, 10000],
+        metavar="LOCATIONS",
+        help="archive sizes to take peak memory at",
     )
     return parser.parse_args(arguments)
 
@@ -117,7 +121,7 @@ class Bench:
 
 
 def _call(command: list[str]) -> str:
-    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return done.stdout
@@ -141,7 +145,7 @@ def rates(runs: Sequence[Run], clock: str) -> list[float]:
 def table(runs: dict[tuple[str, str], list[Run]], group: str, base: str) -> list[str]:
     """Rows of the ways of one group; ratios are to `base`, run by run."""
     lines = [
-        "| way | locations/s of a core | locations/s | locations/s to disk | times the rate of a core | MB/location | share of bytes |",
+        "| way | locations/s of a core | times that of the first | locations/s | to disk | MB a location | of the first |",
         "|---|---|---|---|---|---|---|",
     ]
     against = runs[group, base]
@@ -153,8 +157,8 @@ def table(runs: dict[tuple[str, str], list[Run]], group: str, base: str) -> list
         size = these[0]["bytes"] / these[0]["locations"]
         share = size / (against[0]["bytes"] / against[0]["locations"])
         alone = " x" not in way  # Ray's workers are nobody's children: their CPU seconds are not known
-        cells = [spread(per_core) if alone else "-", spread(rates(these, "wall_s")), spread(rates(these, "disk_s"))]
-        cells += [spread(ratios, 2) if alone else "-", f"{size / 1e6:.3f}", f"{share:.3f}"]
+        cells = [spread(per_core), spread(ratios, 2)] if alone else ["-", "-"]
+        cells += [spread(rates(these, "wall_s")), spread(rates(these, "disk_s")), f"{size / 1e6:.3f}", f"{share:.3f}"]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -188,7 +192,12 @@ def report(bench: Bench, memory: list[tuple[int, Run]], loads: Sequence[float], 
         lines += [f"## From an archive: {form}", "", *table(bench.runs, form, "published")]
     lines += ["## From samples in memory", "", *table(bench.runs, "arrays", "shards")]
     if memory:
-        lines += ["## Peak memory of a conversion, one process", "", "| locations | MiB | locations/s of a core | locations/s |", "|---|---|---|---|"]
+        lines += [
+            "## Peak memory of a conversion, one process",
+            "",
+            "| locations | MiB | locations/s of a core | locations/s |",
+            "|---|---|---|---|",
+        ]
         lines += [
             f"| {size} | {run['peak_mib']:.0f} | {spread(rates([run], 'cpu_s'))} | {spread(rates([run], 'wall_s'))} |"
             for size, run in memory

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 
 from cromss_dist import __version__
 from cromss_dist.config import BatchPlan, DataConfig, RunConfig, plan_batches
-from cromss_dist.data.index import ShardIndex, open_shards
-from cromss_dist.data.order import split
+from cromss_dist.data.loading.order import split
+from cromss_dist.data.store.index import ShardIndex, open_shards
 from cromss_dist.errors import BandError, ConfigError, OutputExistsError, StorageError
 from cromss_dist.losses import CromssLoss
 from cromss_dist.models.encoder import check_encoder_name, stage_channels

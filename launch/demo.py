@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cromss_dist import load_encoder
-from cromss_dist.data.index import ShardIndex, open_shards
+from cromss_dist.data.store.index import ShardIndex, open_shards
 from cromss_dist.errors import main_guard
 from cromss_dist.parse import parse_run
 from cromss_dist.pretrain import SUMMARY_FILE, RunSummary

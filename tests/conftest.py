@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.convert import convert
+from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.synthetic import SyntheticConfig, write_archive
 from cromss_dist.models.encoder import build_encoder, stage_channels
 from cromss_dist.schema import BANDS, NORMALISATION, Modality

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("README.md")]
 PACKAGE = ROOT / "cromss_dist"
 FOLDERS = ("cromss_dist", "launch", "tools", "configs", "tests", "docs")  # of the repository; others are made by commands
-PARTS = ("data", "models", "losses", "tracking", "train")  # folders of the package: docs write `data/order.py`
+PARTS = ("data", "models", "losses", "tracking", "train")  # folders of the package: docs write `data/loading/order.py`
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 TOKEN = re.compile(r"(?P<path>[\w./*-]+)(::(?P<name>\w+))?")
 
@@ -66,10 +66,14 @@ def names_of(file: Path) -> set[str]:
 
 
 def test_the_check_sees_what_it_should() -> None:
-    text = "`data/order.py` and `train/nothing.py::gone`, `runs/mlflow.db`\n```\npython tools/synth.py OUT\n```\n"
+    text = "`data/loading/order.py` and `train/nothing.py::gone`, `runs/mlflow.db`\n```\npython tools/synth.py OUT\n```\n"
     paths = [token["path"] for token in tokens_in_backticks(text)]
-    assert [path for path in paths if is_of_the_repository(path)] == ["tools/synth.py", "data/order.py", "train/nothing.py"]
-    assert found("data/order.py") == PACKAGE / "data" / "order.py"
+    assert [path for path in paths if is_of_the_repository(path)] == [
+        "tools/synth.py",
+        "data/loading/order.py",
+        "train/nothing.py",
+    ]
+    assert found("data/loading/order.py") == PACKAGE / "data" / "loading" / "order.py"
     assert found("train/nothing.py") is None
 
 

@@ -40,8 +40,9 @@ HOMES = {
     "imagecodecs": ("cromss_dist/data/archives/geotiff.py",),
     "rapidgzip": ("cromss_dist/data/archives/containers.py",),
     "lmdb": (),  # ends by a signal on damaged files: archives/lmdb_file.py reads the format; tests write it
-    "zarr": ("cromss_dist/data/cubes.py", "cromss_dist/data/archives/zarr_archive.py"),
-    "xarray": ("cromss_dist/data/cubes.py",),
+    "zarr": ("cromss_dist/data/store/cubes.py",),
+    "xarray": ("cromss_dist/data/store/cubes.py",),
+    "numcodecs": ("cromss_dist/data/store/cube_layout.py", "cromss_dist/data/archives/zarr_zip.py"),
     "huggingface_hub": ("cromss_dist/data/hub.py",),
 }
 SOURCES = sorted(path for folder in ("cromss_dist", "launch", "tools") for path in (ROOT / folder).rglob("*.py"))

@@ -20,8 +20,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cromss_dist.data.draft import Draft, draft
-from cromss_dist.data.survey import NUM_NAMED, Survey, look
+from cromss_dist.data.survey.draft import Draft, draft
+from cromss_dist.data.survey.survey import NUM_NAMED, Survey, look
 from cromss_dist.errors import OutputExistsError, main_guard
 from cromss_dist.schema import BANDS
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cromss_dist.data.index import open_shards
-from cromss_dist.data.report import PAGE, check_new, measure, write_report
+from cromss_dist.data.reporting.report import PAGE, check_new, measure, write_report
+from cromss_dist.data.store.index import open_shards
 from cromss_dist.errors import ConfigError, main_guard
 
 

@@ -25,11 +25,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.convert import Runner, Summary, convert, run_here
-from cromss_dist.data.estimate import Estimate, estimate
-from cromss_dist.data.plan import locations_per_part
+from cromss_dist.data.conversion.convert import Runner, Summary, convert, run_here
+from cromss_dist.data.conversion.estimate import Estimate, estimate
+from cromss_dist.data.conversion.plan import locations_per_part
+from cromss_dist.data.conversion.workplace import claimed
 from cromss_dist.data.sample import Source
-from cromss_dist.data.workplace import claimed
 from cromss_dist.errors import ConfigError, main_guard
 from launch.parallel import ray_runner
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cromss_dist.config import BatchPlan, RunConfig
-from cromss_dist.data.augment import eval_geometry, prepare, train_geometry
-from cromss_dist.data.index import ShardIndex
-from cromss_dist.data.loader import EvalLoader, TrainLoader
-from cromss_dist.data.order import draws
+from cromss_dist.data.loading.augment import eval_geometry, prepare, train_geometry
+from cromss_dist.data.loading.loader import EvalLoader, TrainLoader
+from cromss_dist.data.loading.order import draws
+from cromss_dist.data.store.index import ShardIndex
 from cromss_dist.errors import TrainingError
 from cromss_dist.losses import CromssLoss
 from cromss_dist.schema import MODALITIES, REFERENCE_ARRAY, Batch, Example, Modality

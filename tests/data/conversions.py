@@ -8,7 +8,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from cromss_dist.data.convert import convert
+from cromss_dist.data.conversion.convert import convert
 from tests.data.fake_source import FakeSource
 
 # A server that has imported everything forks off a converter in milliseconds, and has no threads that a fork would break.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from cromss_dist import load_encoder
 from cromss_dist.config import EngineConfig, LaunchConfig, RunConfig
-from cromss_dist.data.index import open_shards
+from cromss_dist.data.store.index import open_shards
 from cromss_dist.errors import BandError, ConfigError
 from cromss_dist.parse import parse_run
 from cromss_dist.schema import NORMALISATION, S2_BANDS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cromss_dist.data.convert import convert
+from cromss_dist.data.conversion.convert import convert
 from cromss_dist.errors import ConfigError, InputChangedError
 from launch.parallel import cluster
 from tests.data.conversions import SMALL, tree

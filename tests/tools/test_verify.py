@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.convert import convert
+from cromss_dist.data.conversion.convert import convert
 from cromss_dist.errors import main_guard
 from tests.data.tiny_archive import write_archive
 from tools.verify import main

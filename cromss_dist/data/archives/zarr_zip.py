@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from numcodecs import blosc, lz4, zstd  # type: ignore[import-untyped]
+from numcodecs import blosc, lz4, zstd
 
 from cromss_dist.data import zarr_metadata
 from cromss_dist.data.sample import Json, Rejected

@@ -16,7 +16,7 @@ from PIL import Image
 from cromss_dist.data.archives.lmdb_archive import LmdbArchive, find_lmdbs, open_lmdb
 from cromss_dist.data.archives.lmdb_file import open_lmdb_file
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.convert import convert
+from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.sample import Rejected
 from cromss_dist.errors import ArchiveEmptyError, ArchiveMissingError, InputChangedError, UnreadableInputError
 from cromss_dist.schema import S2_9, S2_BANDS

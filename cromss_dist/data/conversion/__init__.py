@@ -1,0 +1,1 @@
+"""From a `Source` to a dataset: plan, parts, resume, append."""

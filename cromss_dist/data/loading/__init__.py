@@ -1,0 +1,1 @@
+"""From shards to what the model sees: order, batches, transforms."""

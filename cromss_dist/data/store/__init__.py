@@ -1,0 +1,1 @@
+"""What is stored: shards, the cube, and how they are read and verified."""

@@ -1,0 +1,320 @@
+"""Proves that a dataset is what its manifest says, and, where asked, what the archive says; names every sample that is not.
+
+Fast: names, sizes and the digests of everything small. Deep: every byte, and shards against cube sample for sample. Nothing
+found ends the search, except a manifest that cannot be believed: without it there is nothing to hold the rest against.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from cromss_dist.data.sample import Json, Rejected, Source, Uint8Array
+from cromss_dist.data.store.cube_layout import METADATA, SEASON_TEXTS, SEASON_TIMES, to_seconds
+from cromss_dist.data.store.cubes import CUBE, RECORD, CubeReader, file_problems
+from cromss_dist.data.store.cubes import read_record as read_cube_record
+from cromss_dist.data.store.shards import (
+    LEDGER,
+    MANIFEST,
+    ShardEntry,
+    canonical,
+    manifest_entries,
+    read_manifest,
+    read_record,
+)
+from cromss_dist.data.store.verify_tar import Problem, Samples, begins_with, check_tar, first_member
+from cromss_dist.errors import InputChangedError, ShardError
+
+# Called with what is being read ('shards', 'cube', 'cube or source'), how much is done and how much there is.
+Progress: TypeAlias = Callable[[str, int, int], None]
+MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+
+
+@dataclass
+class Report:
+    """What `verify` found.
+
+    Args:
+        folder: The dataset.
+        deep: Whether every byte was read.
+        digest: Of the manifest, None where it cannot be believed.
+        counts: Shards, samples, cube_files there should be; samples that were compared with cube and source.
+        bytes_read: Of pixels and records.
+        seconds: It took.
+        problems: In the order of the files; empty if all is well.
+    """
+
+    folder: Path
+    deep: bool
+    digest: str | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    bytes_read: int = 0
+    seconds: float = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def to_json(self) -> Json:
+        """For a file: the fields, and `ok`."""
+        told = {**asdict(self), "folder": str(self.folder), "counts": dict(sorted(self.counts.items()))}
+        return {"ok": not self.problems, **told}
+
+
+def verify(
+    folder: str | Path, deep: bool = False, source: Source | None = None, cube: bool = True, progress: Progress | None = None
+) -> Report:
+    """Checks a dataset against its manifest.
+
+    Args:
+        folder: That tools/shard.py has written.
+        deep: Reads every byte: checksums, tar members, npy headers; compares shards and cube sample for sample.
+        source: The archive it was made from: is read again and compared sample for sample. Implies `deep`.
+        cube: Whether the cube is looked at too, if there is one.
+        progress: Called as things are done.
+    """
+    started = time.monotonic()
+    report = Report(Path(folder), deep or source is not None)
+    try:
+        manifest = read_manifest(report.folder)
+        _Verifier(report, manifest, progress or (lambda _what, _done, _total: None)).run(source, cube)
+    except ShardError as error:
+        report.problems.append(Problem(MANIFEST, str(error)))
+    except MALFORMED as error:  # its digest holds, yet the content is not ours
+        report.problems.append(Problem(MANIFEST, f"is malformed: {error!r}"))
+    report.seconds = time.monotonic() - started
+    return report
+
+
+class _Verifier:
+    """The steps of `verify`, which add to one report."""
+
+    def __init__(self, report: Report, manifest: Json, progress: Progress) -> None:
+        self.report = report
+        self.folder = report.folder
+        self.manifest = manifest
+        self.progress = progress
+        self.arrays = {name: tuple(spec["shape"]) for name, spec in manifest["arrays"].items()}
+        self.reader: CubeReader | None = None
+        self.row_of: dict[str, int] = {}
+        self.missing: set[str] = set()  # files of the cube
+        report.digest = manifest["digest"]
+
+    def run(self, source: Source | None, cube: bool) -> None:
+        statuses = self.check_ledger()
+        entries = manifest_entries(self.folder, self.manifest)
+        records = self.check_shards(entries)
+        if statuses is not None and entries and len(records) == len(entries):
+            self.check_keys("the shards", [key for record in records.values() for key, _ in record], statuses)
+        if cube and self.manifest["cube"] is not None:
+            self.check_cube(statuses)
+        if source is not None:
+            source = self.check_source(source, statuses)
+        if self.report.deep:
+            self.read_samples(entries, records, source)
+
+    def add(self, file: str, what: str, key: str | None = None, array: str | None = None, season: int | None = None) -> None:
+        self.report.problems.append(Problem(file, what, key, array, season))
+
+    def check_ledger(self) -> dict[str, str] | None:
+        """Status of each key; None where the ledger cannot be believed."""
+        stated = self.manifest["ledger"]
+        path = self.folder / LEDGER
+        data = path.read_bytes() if path.is_file() else None
+        if data is None or hashlib.sha256(data).hexdigest() != stated["sha256"]:
+            self.add(LEDGER, "is missing" if data is None else f"is not the ledger that {MANIFEST} was made with")
+            return None
+        lines = [json.loads(line) for line in data.splitlines()]
+        counts = Counter(line["status"] for line in lines)
+        if len(lines) != stated["inputs"] or any(counts[name] != stated[name] for name in ("written", "rejected", "duplicate")):
+            self.add(LEDGER, f"has {len(lines)} inputs, {dict(counts)}; {MANIFEST} states {stated}")
+        if counts["written"] != self.manifest["num_samples"]:
+            self.add(LEDGER, f"has {counts['written']} samples; {MANIFEST} states {self.manifest['num_samples']}")
+        return {line["key"]: line["status"] for line in lines if line["status"] != "duplicate"}
+
+    def check_keys(self, where: str, keys: Sequence[str], statuses: dict[str, str]) -> None:
+        """Whether `keys` are the written ones, each once."""
+        written = {key for key, status in statuses.items() if status == "written"}
+        for key, times in Counter(keys).items():
+            if times > 1 or key not in written:
+                self.add(LEDGER, f"{where} hold it {times} times" if times > 1 else f"{where} hold it, the ledger does not", key)
+        for key in sorted(written - set(keys)):
+            self.add(LEDGER, f"is written by the ledger, and {where} do not hold it", key)
+
+    def check_shards(self, entries: Sequence[ShardEntry]) -> dict[str, Samples]:
+        """Names, sizes, first headers and records of the tars; returns the records that can be believed."""
+        records: dict[str, Samples] = {}
+        self.report.counts["shards"] = len(entries)
+        for entry in entries:
+            self.report.counts["samples"] += entry.samples
+            try:
+                records[entry.name] = read_record(self.folder, entry)
+            except ShardError as error:
+                self.add(entry.record, str(error))
+            except MALFORMED as error:
+                self.add(entry.record, f"is malformed: {error!r}")
+            else:
+                if len(records[entry.name]) != entry.samples:
+                    self.add(entry.record, f"lists {len(records[entry.name])} samples, not {entry.samples}")
+        first = {first_member(record): name for name, record in records.items() if record}
+        for entry in entries:
+            path = self.folder / entry.name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                self.add(entry.name, "is missing")
+                continue
+            if size != entry.size:
+                self.add(entry.name, f"has {size} bytes; {MANIFEST} states {entry.size}")
+            record = records.get(entry.name)
+            begins = begins_with(path)
+            if record and begins != first_member(record):
+                where = f"; so should {first[begins]}, the files may have changed places" if begins in first else ""
+                self.add(entry.name, f"begins with member {begins!r}, its record with {first_member(record)!r}{where}")
+        named = {name for entry in entries for name in (entry.name, entry.record)} | {MANIFEST, RECORD}
+        for path in sorted(self.folder.iterdir()):
+            ours = path.suffix in (".tar", ".tmp") or (path.suffix == ".json" and path.name.startswith("shard-"))
+            if (ours and path.name not in named) or (path.name in (CUBE, RECORD) and self.manifest["cube"] is None):
+                self.add(path.name, f"is surplus: {MANIFEST} does not name it")
+        return records
+
+    def check_cube(self, statuses: dict[str, str] | None) -> None:
+        """The cube's record and files, and which row is which sample."""
+        stated = self.manifest["cube"]
+        try:
+            files = read_cube_record(self.folder, stated["record_sha256"])
+        except ShardError as error:
+            self.add(RECORD, str(error))
+            return
+        self.report.counts["cube_files"] = len(files)
+        if (len(files), sum(file.size for file in files)) != (stated["files"], stated["size"]):
+            self.add(RECORD, f"lists {len(files)} files; {MANIFEST} states {stated['files']} of {stated['size']} bytes")
+        wrong = dict(file_problems(self.folder, files))
+        for name, what in wrong.items():
+            self.add(f"{CUBE}/{name}", what)
+        self.missing = {file.path for file in files if not (self.folder / CUBE / file.path).is_file()}
+        if self.report.deep:
+            for done, file in enumerate(files):
+                self.progress("cube", done, len(files))
+                if file.path not in wrong:
+                    with (self.folder / CUBE / file.path).open("rb") as content:
+                        digest = hashlib.file_digest(content, "sha256").hexdigest()
+                    self.report.bytes_read += file.size
+                    if digest != file.sha256:
+                        self.add(f"{CUBE}/{file.path}", f"has sha256 {digest}; its record states {file.sha256}")
+            self.progress("cube", len(files), len(files))
+        needed = {file.path for file in files if file.path.endswith(METADATA) or file.path.split("/")[0] not in self.arrays}
+        if needed & set(wrong):  # without metadata and coordinates nobody knows which row is which sample
+            return
+        try:
+            self.reader = CubeReader(self.folder / CUBE)
+        except ShardError as error:
+            self.add(CUBE, str(error))
+            return
+        self.row_of = {row.key: index for index, row in enumerate(self.reader.rows) if row.metadata is not None}
+        if statuses is not None:
+            self.check_keys("the cube's valid rows", [row.key for row in self.reader.rows if row.metadata is not None], statuses)
+
+    def check_source(self, source: Source, statuses: dict[str, str] | None) -> Source | None:
+        """Whether the archive is one that these samples can come from; None if not."""
+        stated = (self.manifest["arrays"], self.manifest["normalisation"], self.manifest["normalised_by"])
+        found = (source.spec.arrays(), source.spec.contracts(), dict(source.spec.normalised_by))
+        if json.loads(canonical({"of": found})) != json.loads(canonical({"of": stated})):
+            self.add(MANIFEST, "the source has other arrays, or other values, than this dataset: nothing was compared with it")
+            return None
+        for key in source.keys:
+            if statuses is not None and key not in statuses:
+                self.add(LEDGER, "is in the source, and not in the ledger", key)
+        return source
+
+    def read_samples(self, entries: Sequence[ShardEntry], records: dict[str, Samples], source: Source | None) -> None:
+        """Reads every sample of the shards, or else of the cube, and compares it with what else there is of it."""
+        done, total = 0, self.manifest["num_samples"]
+        for entry in entries:
+            if not (self.folder / entry.name).is_file():
+                continue
+            self.report.bytes_read += entry.size
+            record = records.get(entry.name, [])
+            for key, metadata, arrays in check_tar(self.folder, entry, record, self.arrays, self.report.problems):
+                self.compare_cube(entry.name, key, metadata, arrays)
+                self.compare_source(source, entry.name, key, metadata, arrays)
+                self.progress("shards", done := done + 1, total)
+        if not entries and self.reader is not None and source is not None:
+            for key, row in self.row_of.items():
+                found = {name: self.read_row(key, row, name) for name in self.arrays}
+                arrays = {name: pixels for name, pixels in found.items() if pixels is not None}
+                self.compare_source(source, CUBE, key, self.reader.rows[row].metadata, arrays)
+                self.progress("cube", done := done + 1, total)
+
+    def read_row(self, key: str, row: int, name: str) -> Uint8Array | None:
+        """An array of a row of the cube, season by season where it cannot be read at once; None where one cannot."""
+        assert self.reader is not None
+        file = self.reader.file_of(row, name)
+        if file in self.missing:
+            return None
+        try:
+            return self.reader.read(row, name)
+        except ShardError as error:
+            failed = [season for season in range(self.arrays[name][0]) if not self.readable(row, name, season)]
+            for season in failed if len(failed) < self.arrays[name][0] else [None]:
+                self.add(f"{CUBE}/{file}", str(error), key, name, season)
+            return None
+
+    def readable(self, row: int, name: str, season: int) -> bool:
+        assert self.reader is not None
+        try:
+            self.reader.read(row, name, season)
+        except ShardError:
+            return False
+        return True
+
+    def compare_cube(self, file: str, key: str, metadata: Json | None, arrays: dict[str, Uint8Array]) -> None:
+        """Counts the pixels in which a sample of the shards is not that of the cube."""
+        row = self.row_of.get(key)
+        if self.reader is None or row is None:
+            return
+        for name, pixels in arrays.items():
+            if (found := self.read_row(key, row, name)) is not None:
+                self.compare(f"{file} and {self.reader.file_of(row, name)}", key, name, pixels, found, "the cube")
+        stored = self.reader.rows[row].metadata
+        if metadata is not None and stored is not None and _place_and_times(metadata) != _place_and_times(stored):
+            self.add(CUBE, "place, times or scenes are not those of the shards", key)
+        self.report.counts["compared_with_cube"] += 1
+
+    def compare_source(
+        self, source: Source | None, file: str, key: str, metadata: Json | None, arrays: dict[str, Uint8Array]
+    ) -> None:
+        """Counts the pixels in which a stored sample is not that of the archive."""
+        if source is None:
+            return
+        try:
+            sample = source.read(key)
+        except (Rejected, InputChangedError) as error:
+            self.add(file, f"the source does not give it: {error}", key)
+            return
+        for name, pixels in arrays.items():
+            self.compare(file, key, name, pixels, sample.arrays[name], "the source")
+        if metadata is not None and _place_and_times(metadata) != _place_and_times(sample.metadata):
+            self.add(file, "place, times or scenes are not those of the source", key)
+        self.report.counts["compared_with_source"] += 1
+
+    def compare(self, file: str, key: str, name: str, pixels: Uint8Array, others: Uint8Array, whose: str) -> None:
+        """Adds a problem a season in which two arrays differ."""
+        for season, (these, those) in enumerate(zip(pixels, others, strict=True)):
+            if differing := int(np.count_nonzero(these != those)):
+                self.add(file, f"{differing} of {these.size} values are not those of {whose}", key, name, season)
+
+
+def _place_and_times(metadata: Json) -> Any:
+    """What a cube holds of a sample's metadata, in comparable form."""
+    seasons = [
+        (
+            [to_seconds(season.get(name)) for name in SEASON_TIMES],
+            [season.get(name) or None for name in SEASON_TEXTS],
+            list(season.get("transform") or []),
+        )
+        for season in metadata["seasons"]
+    ]
+    return metadata["lon"], metadata["lat"], seasons

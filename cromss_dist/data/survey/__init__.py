@@ -1,0 +1,1 @@
+"""Looks at an unknown archive and drafts its description."""

@@ -1,0 +1,147 @@
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cromss_dist.data.archives.open import open_archive
+from cromss_dist.data.conversion.convert import convert
+from cromss_dist.data.store.index import open_shards
+from cromss_dist.data.store.shards import canonical
+from cromss_dist.errors import ShardError
+from tests.data.tiny_archive import KEYS
+
+
+def reseal(folder: Path, **changes: object) -> None:
+    """Edits the manifest and gives it a digest that fits."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = {**manifest, **changes}
+    del content["digest"]
+    (folder / "manifest.json").write_text(json.dumps({**content, "digest": hashlib.sha256(canonical(content)).hexdigest()}))
+
+
+def test_any_season_of_any_location_equals_the_archive(shards: Path, archive_template: Path) -> None:
+    index = open_shards(shards)
+    archive = open_archive(archive_template)
+    assert index.locations == KEYS
+    for sample_id, key in enumerate(KEYS):
+        expected = archive.read(key).arrays
+        for season in range(4):
+            found = index.read(sample_id, season, index.arrays)
+            for name, array in found.items():
+                np.testing.assert_array_equal(array, expected[name] if name == "label" else expected[name][season])
+
+
+def test_real_locations_come_back_as_they_were_read(mini_archive: Path, tmp_path: Path) -> None:
+    archive = open_archive(mini_archive)
+    convert(archive, tmp_path / "out", shard_size_mib=8)
+    index = open_shards(tmp_path / "out")
+    expected = archive.read("0900303").arrays
+    for name, array in index.read(index.locations.index("0900303"), 2, index.arrays).items():
+        np.testing.assert_array_equal(array, expected[name] if name == "label" else expected[name][2])
+
+
+def test_only_what_is_asked_for_is_read(shards: Path) -> None:
+    assert list(open_shards(shards).read(0, 0, ["s2_60m", "label"])) == ["s2_60m", "label"]
+
+
+def test_every_flipped_byte_of_pixels_is_an_error_that_names_shard_key_and_member(shards: Path) -> None:
+    index = open_shards(shards)
+    path = shards / "shard-000000.tar"
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for array, name in enumerate(index.arrays):
+        size = int(np.prod(index.manifest["arrays"][name]["shape"]))
+        for place in [0, size - 1, *rng.integers(0, size, 10)]:
+            bad = bytearray(good)
+            bad[index.offsets[1, array] + place] ^= 1 << rng.integers(8)
+            path.write_bytes(bad)
+            season = int(place) // (size // 4)
+            with pytest.raises(ShardError, match=f"shard-000000.tar: sample {KEYS[1]}, member {name}.npy, season {season}"):
+                index.read(1, season, [name])
+            if name != "label":
+                index.read(1, (season + 1) % 4, [name])  # other seasons are whole
+
+
+def test_shards_that_are_cut_missing_or_surplus_are_refused_on_opening(shards: Path) -> None:
+    tar = shards / "shard-000001.tar"
+    good = tar.read_bytes()
+    tar.write_bytes(good[:-512])
+    with pytest.raises(ShardError, match=r"shard-000001\.tar has"):
+        open_shards(shards)
+    tar.unlink()
+    with pytest.raises(ShardError, match=r"shard-000001\.tar is missing"):
+        open_shards(shards)
+    tar.write_bytes(good)
+    (shards / "shard-000009.tar").write_bytes(good)
+    with pytest.raises(ShardError, match=r"does not name: shard-000009\.tar"):
+        open_shards(shards)
+
+
+def test_a_shard_cut_after_opening_is_an_error(shards: Path) -> None:
+    index = open_shards(shards)
+    (shards / "shard-000001.tar").write_bytes(b"")
+    with pytest.raises(ShardError, match="do not match"):
+        index.read(2, 0, ["s1"])
+
+
+def test_records_that_are_missing_or_not_the_manifests_are_refused(shards: Path) -> None:
+    record = shards / "shard-000000.json"
+    good = record.read_text()
+    record.write_text(good.replace(KEYS[0], "9999999"))
+    with pytest.raises(ShardError, match="not the record"):
+        open_shards(shards)
+    record.unlink()
+    with pytest.raises(ShardError, match="no commit record"):
+        open_shards(shards)
+
+
+def test_an_edited_manifest_is_refused(shards: Path) -> None:
+    path = shards / "manifest.json"
+    path.write_text(path.read_text().replace('"patch_px": 48', '"patch_px": 96'))
+    with pytest.raises(ShardError, match="digest"):
+        open_shards(shards)
+    path.write_text("{")
+    with pytest.raises(ShardError, match="no JSON"):
+        open_shards(shards)
+    path.unlink()
+    with pytest.raises(ShardError, match=r"no manifest\.json"):
+        open_shards(shards)
+
+
+def test_another_schema_version_is_refused(shards: Path) -> None:
+    reseal(shards, schema_version=3)
+    with pytest.raises(ShardError, match="version 3"):
+        open_shards(shards)
+
+
+@pytest.mark.parametrize("name", ["../shards/shard-000000.tar", "/etc/passwd", "pipe:touch x", "http://a/b.tar", "a\nb.tar", ""])
+def test_names_that_are_not_plain_are_refused(shards: Path, name: str) -> None:
+    entries = json.loads((shards / "manifest.json").read_text())["shards"]
+    reseal(shards, shards=[{**entries[0], "name": name}])
+    with pytest.raises(ShardError, match="plain names"):
+        open_shards(shards)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"arrays": None}, {"shards": 3}, {"shards": [{"name": "a.tar"}]}, {"arrays": {"s1": {"shape": "x"}}}]
+)
+def test_a_malformed_manifest_with_a_fitting_digest_is_refused(shards: Path, changes: dict[str, object]) -> None:
+    reseal(shards, **changes)
+    with pytest.raises(ShardError):
+        open_shards(shards)
+
+
+def test_an_array_larger_than_its_member_is_refused(shards: Path) -> None:
+    arrays = json.loads((shards / "manifest.json").read_text())["arrays"]
+    arrays["s1"]["shape"] = [4, 2, 10**6, 10**6]
+    reseal(shards, arrays=arrays)
+    with pytest.raises(ShardError, match="does not lie inside"):
+        open_shards(shards)
+
+
+@pytest.mark.parametrize("folder", ["http://example.org/shards", "pipe:touch x", "nowhere"])
+def test_what_is_no_folder_is_refused(folder: str) -> None:
+    with pytest.raises(ShardError, match="is not a folder"):
+        open_shards(folder)

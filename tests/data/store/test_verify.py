@@ -1,0 +1,412 @@
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from cromss_dist.data.conversion.convert import convert
+from cromss_dist.data.sample import Json, Sample
+from cromss_dist.data.store.cubes import CUBE, RECORD, CubeFile, write_record, write_rows
+from cromss_dist.data.store.index import open_shards
+from cromss_dist.data.store.shards import MANIFEST, canonical, manifest_entries, read_manifest, read_record, write_manifest
+from cromss_dist.data.store.verify import Report, verify
+from cromss_dist.errors import ShardError
+from tests.data.fake_source import FakeSource, spec_of
+
+SHARD_MIB = 0.06  # two locations a tar
+
+
+def fake_source(seed: int = 0) -> FakeSource:
+    return FakeSource(7, seed=seed, rejected={"0000003": "truncated"}, duplicates={"0000001": 1})
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("verify") / "both"
+    convert(fake_source(), out, write="both", shard_size_mib=SHARD_MIB, max_reject_fraction=1)
+    return out
+
+
+@pytest.fixture
+def dataset(template: Path, tmp_path: Path) -> Path:
+    """Six samples and one reject in four parts, as shards and cube; to be damaged at will."""
+    return Path(shutil.copytree(template, tmp_path / "dataset"))
+
+
+def found(report: Report) -> list[tuple[str, str | None, str | None, int | None]]:
+    return [(problem.file, problem.key, problem.array, problem.season) for problem in report.problems]
+
+
+def member(folder: Path, shard: str, key: str, name: str) -> tuple[int, int]:
+    """Offset in the tar and size of a member's payload."""
+    entry = next(entry for entry in manifest_entries(folder, read_manifest(folder)) if entry.name == shard)
+    members = dict(read_record(folder, entry))[key]
+    return next((m.offset, m.size) for m in members if m.name == name)
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def change_manifest(folder: Path, change: Callable[[Json], object]) -> None:
+    """Edits the manifest and gives it a digest that fits: what a wrong writer, not a broken disk, would do."""
+    content = read_manifest(folder)
+    del content["digest"]
+    change(content)
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, content)
+
+
+@pytest.mark.parametrize("write", ["shards", "cube", "both"])
+def test_what_was_written_has_no_problem_by_any_route(write: Literal["shards", "cube", "both"], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(fake_source(), out, write=write, shard_size_mib=SHARD_MIB, max_reject_fraction=1)
+    for deep, source in ((False, None), (True, None), (True, fake_source())):
+        report = verify(out, deep, source)
+        assert report.problems == []
+    assert report.counts["compared_with_source"] == 6
+    assert report.counts["compared_with_cube"] == (6 if write == "both" else 0)
+    assert report.digest == read_manifest(out)["digest"]
+
+
+def test_the_report_is_json_with_all_that_was_found(dataset: Path) -> None:
+    (dataset / "shard-000001.tar").unlink()
+    told = json.loads(json.dumps(verify(dataset).to_json()))
+    assert told["ok"] is False
+    assert told["problems"] == [{"file": "shard-000001.tar", "what": "is missing", "key": None, "array": None, "season": None}]
+    assert told["counts"] == {"cube_files": 58, "samples": 6, "shards": 4}
+
+
+def test_progress_ends_at_all_samples(dataset: Path) -> None:
+    calls: dict[str, tuple[int, int]] = {}
+    verify(dataset, deep=True, progress=lambda what, done, total: calls.update({what: (done, total)}))
+    assert calls == {"cube": (58, 58), "shards": (6, 6)}
+
+
+# Each fault, how it is made, and the first words of what the fast check says of it.
+FAST: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+    "no manifest": (MANIFEST, "has no manifest", lambda d: (d / MANIFEST).unlink()),
+    "edited manifest": (MANIFEST, "is damaged or was edited", lambda d: edit(d / MANIFEST, b'"patch_px": 24', b'"patch_px": 48')),
+    "malformed manifest": (MANIFEST, "is malformed", lambda d: change_manifest(d, lambda m: m.pop("shards"))),
+    "no ledger": ("ledger.jsonl", "is missing", lambda d: (d / "ledger.jsonl").unlink()),
+    "edited ledger": ("ledger.jsonl", "is not the ledger", lambda d: edit(d / "ledger.jsonl", b"rejected", b"written")),
+    "no tar": ("shard-000002.tar", "is missing", lambda d: (d / "shard-000002.tar").unlink()),
+    "cut tar": ("shard-000002.tar", "has 512 bytes", lambda d: os.truncate(d / "shard-000002.tar", 512)),
+    "no record": ("shard-000002.json", "is missing", lambda d: (d / "shard-000002.json").unlink()),
+    "stale record": (
+        "shard-000002.json",
+        "is not the record",
+        lambda d: shutil.copy(d / "shard-000001.json", d / "shard-000002.json"),
+    ),
+    "surplus tar": ("shard-000009.tar", "is surplus", lambda d: shutil.copy(d / "shard-000001.tar", d / "shard-000009.tar")),
+    "left-over": (".shard-000001.tar.0123.tmp", "is surplus", lambda d: (d / ".shard-000001.tar.0123.tmp").write_bytes(b"")),
+    "malformed record": ("shard-000001.json", "is malformed", lambda d: change_record(d, 1, lambda r: r.update(samples=[{}]))),
+    "short record": ("shard-000001.json", "lists 0 samples", lambda d: change_record(d, 1, lambda r: r["samples"].pop())),
+    "no cube record": (RECORD, "is missing", lambda d: (d / RECORD).unlink()),
+    "edited cube record": (RECORD, "is not the record", lambda d: edit(d / RECORD, b'"size":', b'"size" :')),
+    "no cube": (f"{CUBE}/crs/c.0.0", "is missing", lambda d: shutil.rmtree(d / CUBE)),
+    "no chunk": (f"{CUBE}/label/c.1.0.0.0", "is missing", lambda d: (d / CUBE / "label" / "c.1.0.0.0").unlink()),
+    "cut chunk": (f"{CUBE}/s1/c.1.0.0.0.0", "has 7 bytes", lambda d: os.truncate(d / CUBE / "s1" / "c.1.0.0.0.0", 7)),
+    "surplus chunk": (f"{CUBE}/s1/c.8", "is not in the record", lambda d: (d / CUBE / "s1" / "c.8").write_bytes(b"")),
+    "cube metadata": (f"{CUBE}/zarr.json", "is not the metadata", lambda d: edit(d / CUBE / "zarr.json", b"CF-1.11", b"CF-1.12")),
+    "flipped coordinate": (CUBE, "coordinates cannot be read", lambda d: flip(d / CUBE / "lon" / "c.0", 10)),
+    "other counts": ("ledger.jsonl", "has 6 samples", lambda d: change_manifest(d, lambda m: m.update(num_samples=5))),
+    "other inputs": ("ledger.jsonl", "has 8 inputs", lambda d: change_manifest(d, lambda m: m["ledger"].update(inputs=9))),
+    "cube size": (RECORD, "lists 58 files", lambda d: change_manifest(d, lambda m: m["cube"].update(files=57))),
+    "unnamed cube": (CUBE, "is surplus", lambda d: change_manifest(d, lambda m: m.update(cube=None))),
+    "unnamed shard": ("shard-000003.json", "is surplus", lambda d: change_manifest(d, lambda m: m["shards"].pop())),
+    "link out": (MANIFEST, "names the shard", lambda d: change_manifest(d, lambda m: m["shards"][0].update(name="../x.tar"))),
+}
+
+
+def edit(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
+
+
+def change_record(folder: Path, shard: int, change: Callable[[Json], object]) -> None:
+    """Edits a commit record, with digests that fit."""
+    path = folder / f"shard-{shard:06d}.json"
+    record = json.loads(path.read_bytes())
+    change(record)
+    path.write_bytes(canonical(record))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    change_manifest(folder, lambda m: m["shards"][shard].update(record_sha256=digest))
+
+
+@pytest.mark.parametrize("fault", FAST)
+def test_the_fast_check_finds(dataset: Path, fault: str) -> None:
+    file, what, do = FAST[fault]
+    do(dataset)
+    problems = [problem for problem in verify(dataset).problems if problem.file == file]
+    assert any(what in problem.what for problem in problems), problems
+
+
+def test_all_problems_are_listed_not_only_the_first(dataset: Path) -> None:
+    for fault in ("no ledger", "no tar", "stale record", "surplus tar", "cut chunk", "surplus chunk"):
+        FAST[fault][2](dataset)
+    flip(dataset / "shard-000000.tar", member(dataset, "shard-000000.tar", "0000000", "s1.npy")[0] + 200)
+    files = {problem.file for problem in verify(dataset, deep=True).problems}
+    assert {FAST[fault][0] for fault in ("no ledger", "no tar", "stale record", "surplus tar", "cut chunk")} <= files
+    assert "shard-000000.tar" in files
+
+
+def test_swapped_tars_of_equal_size_are_found_without_reading_them(dataset: Path) -> None:
+    one, two = dataset / "shard-000000.tar", dataset / "shard-000002.tar"
+    assert one.stat().st_size == two.stat().st_size
+    one.rename(dataset / "x")
+    two.rename(one)
+    (dataset / "x").rename(two)
+    report = verify(dataset)
+    assert [problem.file for problem in report.problems] == ["shard-000000.tar", "shard-000002.tar"]
+    assert "so should shard-000002.tar" in report.problems[0].what
+
+
+def test_an_old_manifest_beside_new_tars_is_refused(dataset: Path, tmp_path: Path) -> None:
+    convert(fake_source(seed=1), tmp_path / "new", write="both", shard_size_mib=SHARD_MIB, max_reject_fraction=1)
+    shutil.copy(dataset / MANIFEST, tmp_path / "new" / MANIFEST)
+    assert {problem.file for problem in verify(tmp_path / "new").problems} >= {"shard-000000.json", RECORD}
+    with pytest.raises(ShardError, match="not the record"):
+        open_shards(tmp_path / "new")
+
+
+@pytest.mark.parametrize("num_shards", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_the_fast_check_reads_no_pixel_of_many_shards(tmp_path: Path, num_shards: int) -> None:
+    out = tmp_path / "out"
+    convert(FakeSource(num_shards, spec_of(patch_px=6)), out, shard_size_mib=0.001)
+    for path in out.glob("*.tar"):
+        flip(path, 4096)
+    report = verify(out)
+    print(f"{num_shards} shards in {report.seconds:.2f} s")
+    assert (report.counts["shards"], report.problems, report.bytes_read) == (num_shards, [], 0)
+
+
+def test_a_flipped_pixel_is_named_by_sample_array_and_season(dataset: Path) -> None:
+    offset, size = member(dataset, "shard-000002.tar", "0000005", "label.npy")
+    flip(dataset / "shard-000002.tar", offset + size - 1)
+    report = verify(dataset, deep=True)
+    assert found(report) == [("shard-000002.tar", "0000005", "label", 3)]
+    assert "CRC-32C" in report.problems[0].what
+
+
+@pytest.mark.parametrize(("member_name", "array"), [("label.npy", "label"), ("json", "json")])
+def test_a_flip_in_header_or_metadata_is_named_by_sample(dataset: Path, member_name: str, array: str) -> None:
+    flip(dataset / "shard-000000.tar", member(dataset, "shard-000000.tar", "0000001", member_name)[0] + 12)
+    assert found(verify(dataset, deep=True)) == [("shard-000000.tar", "0000001", array, None)]
+
+
+def test_a_flip_outside_every_member_is_found(dataset: Path) -> None:
+    tar = dataset / "shard-000000.tar"
+    flip(tar, tar.stat().st_size - 1)
+    report = verify(dataset, deep=True)
+    assert found(report) == [("shard-000000.tar", None, None, None)]
+    assert "no member is touched" in report.problems[0].what
+
+
+def test_a_flipped_chunk_of_the_cube_is_named_by_sample_array_and_season(dataset: Path) -> None:
+    flip(dataset / CUBE / "s2_60m" / "c.2.0.0.0.0", 10)  # the first chunk: first row of part 2, season 0
+    assert found(verify(dataset, deep=True)) == [
+        (f"{CUBE}/s2_60m/c.2.0.0.0.0", None, None, None),
+        (f"{CUBE}/s2_60m/c.2.0.0.0.0", "0000004", "s2_60m", 0),
+    ]
+
+
+def test_a_cube_that_was_written_from_other_pixels_is_named_to_the_pixel(dataset: Path) -> None:
+    """All checksums fit: only the comparison can know."""
+    source = fake_source()
+    samples = [source.read(key) for key in ("0000004", "0000005")]
+    samples[1].arrays["label"][2, 5, 6:9] = 77
+    rewrite_part(dataset, 2, samples)
+    assert found(verify(dataset)) == []
+    report = verify(dataset, deep=True)
+    assert found(report) == [("shard-000002.tar and label/c.2.0.0.0", "0000005", "label", 2)]
+    assert "3 of 576 values are not those of the cube" in report.problems[0].what
+
+
+def rewrite_part(folder: Path, part: int, samples: list[Sample]) -> None:
+    """Other samples in a part of the cube, with record and manifest that fit them."""
+    new: dict[str, CubeFile] = {file.path: file for file in write_rows(folder / CUBE, spec_of(), 2 * part, samples)}
+    files = [CubeFile(**file) for file in json.loads((folder / RECORD).read_bytes())["files"]]
+    section = write_record(folder, [new.get(file.path, file) for file in files])
+    change_manifest(folder, lambda m: m.update(cube=section))
+
+
+def test_samples_that_are_not_the_archives_are_named_to_the_pixel(dataset: Path) -> None:
+    class Retouched(FakeSource):
+        def read(self, key: str) -> Sample:
+            sample = super().read(key)
+            if key == "0000002":
+                sample.arrays["s1"][1, 0, :2, :3] ^= 1
+            return sample
+
+    retouched = Retouched(7, rejected={"0000003": "truncated", "0000006": "truncated"})
+    report = verify(dataset, source=retouched)
+    assert found(report) == [("shard-000001.tar", "0000002", "s1", 1), ("shard-000003.tar", "0000006", None, None)]
+    assert "6 of 1152 values are not those of the source" in report.problems[0].what
+    assert "truncated" in report.problems[1].what
+
+
+def test_an_archive_with_more_locations_or_other_bands_is_told_apart(dataset: Path) -> None:
+    more = verify(dataset, source=FakeSource(8, rejected={"0000003": "truncated"}))
+    assert found(more) == [("ledger.jsonl", "0000007", None, None)]
+    other = verify(dataset, source=FakeSource(7, spec_of(patch_px=12)))
+    assert [problem.file for problem in other.problems] == [MANIFEST]
+    assert "nothing was compared" in other.problems[0].what
+
+
+def test_a_sample_that_the_ledger_does_not_know_is_named(dataset: Path) -> None:
+    ledger = dataset / "ledger.jsonl"
+    lines = [line for line in ledger.read_text().splitlines() if '"0000005"' not in line]
+    ledger.write_text("".join(f"{line}\n" for line in lines))
+    digest = hashlib.sha256(ledger.read_bytes()).hexdigest()
+    change_manifest(dataset, lambda m: m["ledger"].update(sha256=digest, inputs=7, written=5))
+    keys = [problem.key for problem in verify(dataset).problems]
+    assert keys.count("0000005") == 2  # in the shards and in the cube
+
+
+def test_samples_of_the_ledger_that_are_nowhere_are_named(dataset: Path) -> None:
+    FAST["unnamed shard"][2](dataset)
+    assert ("ledger.jsonl", "0000006", None, None) in found(verify(dataset))
+
+
+def strange(content: Any, rng: np.random.Generator) -> Any:
+    """The content with one value somewhere inside replaced by one that nobody would expect."""
+    if isinstance(content, dict) and content and rng.random() < 0.9:
+        name = list(content)[rng.integers(len(content))]
+        return {**content, name: strange(content[name], rng)}
+    if isinstance(content, list) and content and rng.random() < 0.9:
+        place = int(rng.integers(len(content)))
+        return [*content[:place], strange(content[place], rng), *content[place + 1 :]]
+    return [None, -1, 10**15, 10**40, 0.5, "x", "../x", [], [1], {}, True][rng.integers(11)]
+
+
+@pytest.mark.parametrize("times", [30, pytest.param(300, marks=pytest.mark.slow)])
+def test_strange_content_with_fitting_digests_ends_in_a_report(dataset: Path, template: Path, times: int) -> None:
+    rng = np.random.default_rng(times)
+    for _ in range(times):
+        record = strange(json.loads((template / "shard-000001.json").read_bytes()), rng)
+        (dataset / "shard-000001.json").write_bytes(canonical(record))
+        manifest = json.loads((template / MANIFEST).read_bytes())
+        del manifest["digest"]
+        if rng.random() < 0.5:
+            manifest = strange(manifest, rng)
+        else:
+            manifest["shards"][1]["record_sha256"] = hashlib.sha256(canonical(record)).hexdigest()
+        if isinstance(manifest, dict):
+            write_manifest(dataset, manifest)
+        report = verify(dataset, deep=True, source=fake_source())
+        assert all(isinstance(problem.what, str) for problem in report.problems)
+
+
+def test_a_record_that_points_outside_its_tar_is_refused_and_the_rest_is_read(dataset: Path) -> None:
+    """Digests fit: a record from elsewhere, which would have us read and allocate what it says."""
+
+    def point_outside(record: Json) -> None:
+        record["samples"][0]["members"][1]["size"] = 10**15
+        record["samples"][1]["members"][0]["offset"] = -1
+
+    change_record(dataset, 0, point_outside)
+    report = verify(dataset, deep=True)
+    assert found(report)[:2] == [
+        ("shard-000000.tar", "0000000", "s1", None),
+        ("shard-000000.tar", "0000001", "json", None),
+    ]
+    assert report.counts["compared_with_cube"] == 6
+
+
+def damage_tar(path: Path, rng: np.random.Generator, kind: str, borders: list[int]) -> None:
+    size = path.stat().st_size
+    if kind == "flip":
+        flip(path, int(rng.integers(size)))
+    elif kind == "cut":
+        os.truncate(path, int(rng.choice(borders)) if rng.integers(2) else int(rng.integers(size)))
+    else:
+        data = bytearray(path.read_bytes())
+        start = 4096 * int(rng.integers(size // 4096))
+        start = next(s for s in (*range(start, size, 4096), *range(0, start, 4096)) if any(data[s : s + 4096]))
+        data[start : start + 4096] = bytes(min(4096, size - start))
+        path.write_bytes(data)
+
+
+def assert_reads_right_pixels_or_none(folder: Path, source: FakeSource) -> None:
+    index = open_shards(folder)
+    for sample_id, key in enumerate(index.locations):
+        arrays = source.read(key).arrays
+        for season in range(4):
+            try:
+                read = index.read(sample_id, season, ["s1", "s2_60m"])
+            except ShardError:
+                continue
+            for name, pixels in read.items():
+                np.testing.assert_array_equal(pixels, arrays[name][season])
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"),
+    [
+        ("flip", 10),
+        ("cut", 10),
+        ("zero", 5),
+        pytest.param("flip", 200, marks=pytest.mark.slow),
+        pytest.param("cut", 100, marks=pytest.mark.slow),
+        pytest.param("zero", 50, marks=pytest.mark.slow),
+    ],
+)
+def test_every_damaged_tar_is_found_and_no_wrong_pixel_is_read(dataset: Path, kind: str, times: int) -> None:
+    shutil.rmtree(dataset / CUBE)
+    (dataset / RECORD).unlink()
+    change_manifest(dataset, lambda m: m.update(cube=None))
+    rng = np.random.default_rng(times)
+    tars = sorted(dataset.glob("*.tar"))
+    source = fake_source()
+    missed = []
+    for trial in range(times):
+        path = tars[rng.integers(len(tars))]
+        whole = path.read_bytes()
+        with tarfile.open(path) as tar:
+            borders = [info.offset for info in tar][1:]
+        damage_tar(path, rng, kind, borders)
+        if path.name not in {problem.file for problem in verify(dataset, deep=True).problems}:
+            missed.append(trial)
+        if kind == "cut":
+            with pytest.raises(ShardError, match="bytes"):
+                open_shards(dataset)
+        else:
+            assert_reads_right_pixels_or_none(dataset, source)
+        path.write_bytes(whole)
+    assert missed == []
+
+
+@pytest.mark.parametrize("kind", ["deleted", "flipped", "truncated"])
+@pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_every_damaged_file_of_a_cube_is_found(dataset: Path, kind: str, times: int) -> None:
+    for path in dataset.glob("shard-*"):
+        path.unlink()
+    change_manifest(dataset, lambda m: m.update(shards=[]))
+    rng = np.random.default_rng(times)
+    files = sorted(path for path in (dataset / CUBE).rglob("*") if path.is_file())
+    missed = []
+    for _ in range(times):
+        path = files[rng.integers(len(files))]
+        whole = path.read_bytes()
+        if kind == "deleted":
+            path.unlink()
+        elif kind == "truncated":
+            os.truncate(path, int(rng.integers(len(whole))))
+        else:
+            flip(path, int(rng.integers(len(whole))))
+        if f"{CUBE}/{path.relative_to(dataset / CUBE).as_posix()}" not in {p.file for p in verify(dataset, deep=True).problems}:
+            missed.append(path)
+        path.write_bytes(whole)
+    assert missed == []
