@@ -57,7 +57,7 @@ def write_litdata(out: Path, locations: int, shard_size_mib: int) -> tuple[float
     """Writes with `litdata.optimize` and one worker; returns wall and CPU seconds."""
     from functools import partial
 
-    import litdata
+    import litdata  # type: ignore[import-not-found]  # is in the other environment
 
     mark = out.with_name(f"{out.name}.mark")
     mark.unlink(missing_ok=True)
@@ -79,7 +79,7 @@ def write_litdata(out: Path, locations: int, shard_size_mib: int) -> tuple[float
 
 def write_mds(out: Path, locations: int, shard_size_mib: int, hashes: list[str] | None) -> tuple[float, float]:
     """Writes with `MDSWriter`; returns wall and CPU seconds."""
-    from streaming import MDSWriter
+    from streaming import MDSWriter  # type: ignore[import-not-found]  # is in the other environment
 
     columns = {"key": "str", "metadata": "str"}
     for name, array in SAMPLES[0].items():
