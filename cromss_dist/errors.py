@@ -68,7 +68,7 @@ class ArchiveEmptyError(CromssError):
 
 
 class RejectedInputsError(CromssError):
-    """More inputs were rejected than allowed, for mixed reasons; nothing was written."""
+    """More inputs were rejected than allowed, for mixed reasons; no dataset was published."""
 
     exit_code = 12
 
