@@ -27,7 +27,7 @@ examples:
   python tools/synth.py data/train --locations 256 --seed 1
   python tools/synth.py data/test --locations 48 --seed 2
   python tools/synth.py data/train_clean --locations 256 --seed 1 --noise none
-  python tools/synth.py /tmp/tiny --locations 6 --size_px 96
+  python tools/synth.py /tmp/tiny --locations 6 --size-px 96
 
 Location i of a seed is the same whatever --locations and --workers say. Take train and test from two seeds.
 Next: tools/shard.py turns the archive into shards. Beside it lie reference_labels/ and noise_kinds/ for scoring.
@@ -48,25 +48,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=_DEFAULTS.seed, help="seed of everything (default %(default)s)")
     parser.add_argument(
-        "--size_px", type=int, default=_DEFAULTS.size_px, help="side of a patch at 10 m, a multiple of 6 (default %(default)s)"
+        "--size-px", type=int, default=_DEFAULTS.size_px, help="side of a patch at 10 m, a multiple of 6 (default %(default)s)"
     )
     parser.add_argument(
         "--noise", choices=get_args(Noise), default=_DEFAULTS.noise, help="label noise, see below (default %(default)s)"
     )
     parser.add_argument(
-        "--cloudy_share",
+        "--cloudy-share",
         type=float,
         default=_DEFAULTS.cloudy_share,
         help="share of Sentinel-2 scenes with clouds (default %(default)s)",
     )
     parser.add_argument(
-        "--season_share",
+        "--season-share",
         type=float,
         default=_DEFAULTS.season_share,
         help="part of the noise that the seasons have in common: at 0 they correct each other (default %(default)s)",
     )
     parser.add_argument(
-        "--s1_shift_px",
+        "--s1-shift-px",
         type=int,
         default=_DEFAULTS.s1_shift_px,
         help="largest shift of Sentinel-1 against Sentinel-2 (default %(default)s)",

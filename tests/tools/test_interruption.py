@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SYNTH = ("synth.py", "out", "--locations", "500", "--size_px", "96")
+SYNTH = ("synth.py", "out", "--locations", "500", "--size-px", "96")
 SHARD = ("shard.py", "archive", "out", "--shard-size-mib", "0.5")
 
 

@@ -8,7 +8,7 @@ import pytest
 from cromss_dist.errors import main_guard
 from tools import synth
 
-TINY = ["--locations", "1", "--size_px", "48", "--workers", "1"]
+TINY = ["--locations", "1", "--size-px", "48", "--workers", "1"]
 
 
 def test_it_writes_the_archive_and_prints_its_main_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,7 +32,7 @@ def test_an_existing_folder_is_refused_in_one_paragraph(tmp_path: Path, capsys: 
 
 
 def test_a_size_that_does_not_divide_is_refused_with_what_to_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main_guard(lambda: synth.main([str(tmp_path / "new"), "--size_px", "256"]))
+    code = main_guard(lambda: synth.main([str(tmp_path / "new"), "--size-px", "256"]))
     assert code == 2
     assert "multiple of 6" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
