@@ -4,12 +4,15 @@
 
 Each way runs in a process of its own, in turn, several times over; a ratio is taken between runs of the same turn. Figures
 are medians (lowest to highest). The page cache is warm. Without --peers, litdata and MosaicML are left out: they need
-another environment, see benchmarks/peers.txt. Takes about --repeats x 2 minutes, and as long again for --memory.
+another environment, see benchmarks/peers.txt. Takes about half an hour, --parallel and --memory most of it; outputs are removed
+as soon as they are measured, and the largest of --memory needs 2.4 MB a location.
 
 From an archive (inputs.py makes it; contenders.py runs the ways):
   published   one process: rasterio opens a band, PIL resizes it to 264 px, a location is one record of each of three LMDBs
   convert     this project, one process: from the look at the folder to the published dataset, verified and on disk
-  convert x2  the same on two Ray workers, their start included
+End to end, of a larger archive:
+  convert     as above
+  convert x2  the same on two Ray workers, the start of Ray included
 From the same samples in memory:
   shards      our shard writer: CRC-32C of seasons and members, sha256, fsync, read back
   litdata     litdata.optimize, one worker, its start not counted
@@ -51,7 +54,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--repeats", type=int, default=5, help="of everything but --memory (default: %(default)s)")
     parser.add_argument("--forms", nargs="*", choices=("physical", "uint8", "jpeg"), default=["physical", "uint8", "jpeg"])
     parser.add_argument("--shard-size-mib", type=int, default=64, help="of all formats with shards (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="of the parallel conversion; 1 leaves it out")
+    parser.add_argument("--parallel", type=int, default=1000, metavar="LOCATIONS", help="archive to share among workers; 0: none")
+    parser.add_argument("--workers", type=int, default=2, help="that share it (default: %(default)s)")
     parser.add_argument(
         "--memory",
         nargs="*",
@@ -96,6 +100,8 @@ class Bench:
         """All ways in turn, `repeats` times."""
         forms = self.options.forms
         self.make_inputs(self.options.locations, forms or ["physical"])
+        if self.options.parallel:
+            self.make_inputs(self.options.parallel, ["physical"])
         for path in self.work.rglob("*.tif"):
             path.read_bytes()
         for repeat in range(self.options.repeats):
@@ -104,10 +110,11 @@ class Bench:
                 archive = self.work / f"{form}-{self.options.locations}"
                 for way in ("published", "convert"):
                     self.run(form, way, archive)
-                if self.options.workers > 1:
-                    self.run(form, "convert", archive, self.options.workers)
             for way in ("shards", *(PEERS if self.options.peers else ())):
                 self.run("arrays", way, self.work / "arrays")
+            if self.options.parallel:
+                for workers in (1, self.options.workers):
+                    self.run("parallel", "convert", self.work / f"physical-{self.options.parallel}", workers)
 
     def take_memory(self) -> Iterator[tuple[int, Run]]:
         """Peak memory of one conversion an archive size."""
@@ -116,7 +123,7 @@ class Bench:
             self.make_inputs(locations, ["physical"])
             archive = self.work / f"physical-{locations}"
             yield locations, self.run(f"memory {locations}", "convert", archive)
-            if locations != self.options.locations:
+            if locations not in (self.options.locations, self.options.parallel):
                 shutil.rmtree(archive)
 
 
@@ -191,6 +198,8 @@ def report(bench: Bench, memory: list[tuple[int, Run]], loads: Sequence[float], 
     for form in options.forms:
         lines += [f"## From an archive: {form}", "", *table(bench.runs, form, "published")]
     lines += ["## From samples in memory", "", *table(bench.runs, "arrays", "shards")]
+    if options.parallel:
+        lines += [f"## End to end: {options.parallel} locations, physical", "", *table(bench.runs, "parallel", "convert")]
     if memory:
         lines += [
             "## Peak memory of a conversion, one process",
