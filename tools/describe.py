@@ -24,6 +24,7 @@ from cromss_dist.data.survey.draft import Draft, draft
 from cromss_dist.data.survey.survey import NUM_NAMED, Survey, look
 from cromss_dist.errors import OutputExistsError, main_guard
 from cromss_dist.schema import BANDS
+from tools.progress import finding_files
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +78,7 @@ def show_files(survey: Survey, console: Console) -> None:
 def show_draft(found: Draft, console: Console) -> None:
     """Prints what the rasters of a few locations hold."""
     census = found.census
-    rasters = _table("Rasters of a few locations", "role", "band", "px", "bands", "type", "1 % to 99 %", "EPSG", "files")
+    rasters = _table("Rasters of a few locations", "role", "band", "px", "bands", "type", "1 % to 99 %", "files")
     for (role, band), probes in sorted(census.sampled.items(), key=lambda item: (item[0][0], _place_of(item[0][1]))):
         sizes = Counter(f"{probe.header.height} x {probe.header.width}" for probe in probes)
         rasters.add_row(
@@ -87,7 +88,6 @@ def show_draft(found: Draft, console: Console) -> None:
             str(probes[0].header.bands),
             ", ".join(sorted({probe.header.dtype for probe in probes})),
             f"{min(probe.low for probe in probes):.4g} to {max(probe.high for probe in probes):.4g}",
-            _some(sorted({(probe.place.crs or "none").removeprefix("EPSG:") for probe in probes})),
             str(len(probes)),
         )
     console.print(rasters)
@@ -107,6 +107,7 @@ def show_draft(found: Draft, console: Console) -> None:
     )
     if times:
         console.print(f"Dates: {times[0]} to {times[-1]}.")
+    console.print(f"CRS: {_some(sorted({place.crs or 'none' for place in places}))}.")
     if lons and lats:
         console.print(f"Places: {min(lons):.2f} to {max(lons):.2f} degrees east, {min(lats):.2f} to {max(lats):.2f} north.")
     if {"s1", "s2"} <= census.locations.keys():
@@ -138,10 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out is not None and options.out.exists():
         raise OutputExistsError(f"{options.out} is there already; name a new file with --out, or remove it.")
     console = Console(highlight=False)
-    survey = look(options.archive, options.work, options.allow_partial)
+    with finding_files(console) as tell:
+        survey = look(options.archive, options.work, options.allow_partial, tell)
     show_files(survey, console)
     stem = (options.out or options.archive.resolve()).stem.lower()
-    found = draft(survey, re.sub(r"[^a-z0-9_-]", "_", stem).strip("_-") or "archive")
+    with console.status("Reading the rasters of a few locations"):
+        found = draft(survey, re.sub(r"[^a-z0-9_-]", "_", stem).strip("_-") or "archive")
     show_draft(found, console)
     show_odd(survey, found, console)
     console.print()

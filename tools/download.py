@@ -17,11 +17,12 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from cromss_dist.data.hub import REPOSITORIES, Listing, RemoteFile, download, list_files, verify
 from cromss_dist.errors import ConfigError, DownloadError, main_guard
+from tools.progress import Bars
 
 NUM_SHOWN = 20
 
@@ -49,7 +50,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def show_datasets(console: Console) -> None:
     """Prints what there is to fetch."""
-    table = Table("name", "repository", "parts", "about")
+    table = Table("name")
+    for column in ("repository", "parts", "about"):
+        table.add_column(column, overflow="fold")
     for name, repository in REPOSITORIES.items():
         table.add_row(name, repository.repo_id, " ".join(repository.parts), repository.about)
     console.print(table)
@@ -67,7 +70,7 @@ def fetch(listing: Listing, files: tuple[RemoteFile, ...], options: argparse.Nam
     """Fetches or verifies under a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     there: dict[str, int] = {}
-    with Progress(*columns, console=console) as bar:
+    with Bars(console, *columns) as bar:
         task = bar.add_task("Reading" if options.verify else "Fetching", total=sum(file.size for file in files))
 
         def advance(path: str, size: int) -> None:

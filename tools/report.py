@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cromss_dist.data.reporting.report import PAGE, check_new, measure, write_report
 from cromss_dist.data.store.index import open_shards
 from cromss_dist.errors import ConfigError, main_guard
+from tools.progress import Bars
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total = len(open_shards(dataset))
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with Bars(console, *columns) as bar:
         task = bar.add_task("Measuring locations", total=min(total, options.sample or total))
         locations = measure(dataset, options.sample, options.seed, options.workers, lambda: bar.advance(task))
     write_report(dataset, locations, out, options.sheet, options.seed)

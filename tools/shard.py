@@ -20,9 +20,8 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.conversion.convert import Runner, Summary, convert, run_here
@@ -32,11 +31,7 @@ from cromss_dist.data.conversion.workplace import claimed
 from cromss_dist.data.sample import Source
 from cromss_dist.errors import ConfigError, main_guard
 from launch.parallel import ray_runner
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.1f} locations/s")
+from tools.progress import Bars, Rate, finding_files
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -66,17 +61,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def open_source(options: argparse.Namespace, work: Path | None) -> Source:
+def open_source(options: argparse.Namespace, work: Path | None, console: Console) -> Source:
     """Opens the archive; what its reader keeps goes to `work`."""
-    return open_archive(options.archive, options.description, work, options.allow_partial)
+    with finding_files(console) as tell:
+        return open_archive(options.archive, options.description, work, options.allow_partial, tell)
 
 
 def run(options: argparse.Namespace, console: Console) -> Summary:
     """Runs the conversion under a progress bar."""
     with claimed(options.out, options.overwrite, options.append, options.restart) as work:
-        source = open_source(options, work.inputs)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
+        source = open_source(options, work.inputs, console)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate("locations"), TimeRemainingColumn())
+        with Bars(console, *columns) as progress:
             task = progress.add_task("Converting", total=len(source.keys) + source.duplicates.total())
             return convert(
                 source,
@@ -149,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     console = Console()
     if options.dry_run:
-        source = open_source(options, None)
+        source = open_source(options, None, console)
         told = estimate(source, options.out, options.write or "shards", options.shard_size_mib, options.workers)
         show_estimate(told, options, console)
     else:

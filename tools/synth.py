@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cromss_dist.data.synthetic import Noise, Report, SyntheticConfig, write_archive
 from cromss_dist.errors import main_guard
+from tools.progress import Bars
 
 _DEFAULTS = SyntheticConfig()
 
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         s1_shift_px=args.s1_shift_px,
     )
     columns = (TextColumn("locations"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with Bars(console, *columns) as bar:
         task = bar.add_task("locations", total=config.num_locations)
         report = write_archive(
             args.out, config, lambda done: bar.update(task, completed=done), workers=args.workers, overwrite=args.overwrite

@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.store.verify import Report, verify
 from cromss_dist.errors import ConfigError, ShardError, main_guard
+from tools.progress import Bars, finding_files
 
 NUM_SHOWN = 20
 
@@ -40,9 +41,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check(options: argparse.Namespace, console: Console) -> Report:
     """Runs the checks under a progress bar."""
-    source = open_archive(options.source, options.description) if options.source else None
+    source = None
+    if options.source:
+        with finding_files(console) as tell:
+            source = open_archive(options.source, options.description, progress=tell)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Bars(console, *columns, transient=True) as bar:
         tasks = {what: bar.add_task(f"Reading the {what}", total=None, visible=False) for what in ("cube", "shards")}
         return verify(
             options.dataset,
