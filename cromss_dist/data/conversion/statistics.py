@@ -3,12 +3,19 @@
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from cromss_dist.data.sample import Json, Sample, SampleSpec
 from cromss_dist.schema import IGNORE
 
 UNITS = "stored uint8, 0-255"
 IGNORED = "ignored"
+
+
+def _band_sums(pixels: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
+    """Sum of each band, int64 (band,), of pixels (season, band, H, W): rows first, whose sums fit into 32 bits."""
+    sums: npt.NDArray[np.int64] = pixels.sum(axis=-1, dtype=np.uint32).sum(axis=(0, 2), dtype=np.int64)
+    return sums
 
 
 class Statistics:
@@ -31,11 +38,12 @@ class Statistics:
         for season, label in enumerate(sample.arrays[self.classes.name]):
             counts = np.bincount(label.ravel(), minlength=256)
             self.class_counts[season] += np.append(counts[: len(self.classes.values)], counts[IGNORE])
-        values = np.arange(256)
         for name, moments in self.moments.items():
-            for band in range(len(moments)):
-                histogram = np.bincount(sample.arrays[name][:, band].ravel(), minlength=256)
-                moments[band] += (histogram.sum(), histogram @ values, histogram @ values**2)
+            pixels = sample.arrays[name].astype(np.uint16)  # holds the square of a uint8
+            moments[:, 0] += pixels.size // len(moments)
+            moments[:, 1] += _band_sums(pixels)
+            pixels *= pixels
+            moments[:, 2] += _band_sums(pixels)
 
     def __iadd__(self, other: Self) -> Self:
         self.class_counts += other.class_counts

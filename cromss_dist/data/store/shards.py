@@ -11,7 +11,7 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -20,7 +20,7 @@ from urllib.parse import quote
 import google_crc32c
 import numpy as np
 
-from cromss_dist.data.sample import Json, Sample, SampleSpec
+from cromss_dist.data.sample import Json, Sample, SampleSpec, Uint8Array
 from cromss_dist.data.staging import atomic_file, write_atomically
 from cromss_dist.errors import ShardError
 from cromss_dist.failpoint import failpoint
@@ -30,6 +30,7 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 LEDGER = "ledger.jsonl"
 BLOCK_BYTES = 512  # a tar pads headers and payloads to this
+NO_PIXELS: Uint8Array = np.empty(0, np.uint8)
 MAX_MEMBER_KEY = 60  # bytes; a USTAR name has 100, and the array's name follows
 
 Checksums: TypeAlias = dict[str, tuple[int, ...]]
@@ -48,6 +49,10 @@ class Member:
     size: int
     crc32c: int
     season_crc32c: tuple[int, ...] = ()
+
+
+Samples: TypeAlias = list[tuple[str, tuple[Member, ...]]]
+"""A commit record: key and members of each sample."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,10 @@ def member_key(key: str) -> str:
 
 def season_checksums(sample: Sample) -> Checksums:
     """CRC-32C of each season's pixels of each array."""
-    return {name: tuple(google_crc32c.value(season.tobytes()) for season in array) for name, array in sample.arrays.items()}
+    return {
+        name: tuple(google_crc32c.value(season) for season in np.ascontiguousarray(array))
+        for name, array in sample.arrays.items()
+    }
 
 
 def sample_digest(checksums: Checksums) -> str:
@@ -123,7 +131,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[tuple[Sample, Checksu
     iterator = iter(samples)
     if (first := next(iterator, None)) is None:
         return None
-    members: list[tuple[str, tuple[Member, ...]]] = []
+    members: Samples = []
 
     def entry() -> ShardEntry:
         return ShardEntry(name, len(members), file.size, file.sha256.hexdigest(), hashlib.sha256(record()).hexdigest())
@@ -185,7 +193,7 @@ def manifest_entries(folder: Path, manifest: Json) -> list[ShardEntry]:
     return entries
 
 
-def read_record(folder: Path, entry: ShardEntry) -> list[tuple[str, tuple[Member, ...]]]:
+def read_record(folder: Path, entry: ShardEntry) -> Samples:
     """Key and members of each sample of a shard, from its commit record.
 
     Raises:
@@ -203,29 +211,39 @@ def read_record(folder: Path, entry: ShardEntry) -> list[tuple[str, tuple[Member
     ]
 
 
-def verify_shard(folder: Path, entry: ShardEntry) -> None:
-    """Reads every byte of a shard back and compares it with record and manifest.
+def file_problems(
+    folder: Path, entries: Sequence[ShardEntry], records: Mapping[str, Samples]
+) -> Iterator[tuple[str, str, str]]:
+    """What is wrong with the tars of a dataset by names, sizes and the first header of each; pixels are not read.
 
-    Raises:
-        ShardError: a byte of the tar or of its record changed, names what.
+    Args:
+        folder: Of the dataset.
+        entries: The manifest's.
+        records: Of the tars, by name, those that can be believed.
+
+    Yields:
+        A kind ('missing', 'of another size', 'swapped', 'surplus'), a file name, and what was found.
     """
-    path = folder / entry.name
-    samples = read_record(folder, entry)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if file.tell() != entry.size or digest != entry.sha256:
-            raise ShardError(
-                f"{path} has {file.tell()} bytes of sha256 {digest}; {MANIFEST} states {entry.size} of {entry.sha256}."
-            )
-        for key, members in samples:
-            for member in members:
-                file.seek(member.offset)
-                if google_crc32c.value(file.read(member.size)) != member.crc32c:
-                    raise ShardError(f"{path}: sample {key}, member {member.name}: the bytes do not match their CRC-32C.")
-    _check_members(path, samples)
+    first = {_first_member(record): name for name, record in records.items() if record}
+    for entry in entries:
+        path = folder / entry.name
+        if not path.is_file():
+            yield "missing", entry.name, "is missing"
+            continue
+        if (size := path.stat().st_size) != entry.size:
+            yield "of another size", entry.name, f"has {size} bytes; {MANIFEST} states {entry.size}"
+        record, begins = records.get(entry.name), _begins_with(path)
+        if record and begins != _first_member(record):
+            where = f"; so should {first[begins]}, the files may have changed places" if begins in first else ""
+            yield "swapped", entry.name, f"begins with member {begins!r}, its record with {_first_member(record)!r}{where}"
+    named = {name for entry in entries for name in (entry.name, entry.record)}
+    for path in sorted(folder.iterdir()):
+        ours = path.suffix in (".tar", ".tmp") or (path.suffix == ".json" and path.name.startswith("shard-"))
+        if ours and path.name not in named:
+            yield "surplus", path.name, f"is surplus: {MANIFEST} does not name it"
 
 
-def _check_written(path: Path, written: "_HashingFile", samples: list[tuple[str, tuple[Member, ...]]]) -> None:
+def _check_written(path: Path, written: "_HashingFile", samples: Samples) -> None:
     """Compares a tar with what was just written, by one CRC-32C of the whole: a second sha256 would double the work."""
     crc32c = 0
     with path.open("rb") as file:
@@ -233,14 +251,19 @@ def _check_written(path: Path, written: "_HashingFile", samples: list[tuple[str,
             crc32c = google_crc32c.extend(crc32c, block)
         if (file.tell(), crc32c) != (written.size, written.crc32c):
             raise ShardError(f"{path}: what was read back is not what was written. Check the disk and run it again.")
-    _check_members(path, samples)
-
-
-def _check_members(path: Path, samples: list[tuple[str, tuple[Member, ...]]]) -> None:
-    with tarfile.open(path, "r:") as tar:
-        found = [(info.name, info.offset_data, info.size) for info in tar]
-    if found != [(f"{member_key(key)}.{m.name}", m.offset, m.size) for key, members in samples for m in members]:
+    if tar_listing(path) != stated_listing(samples):
         raise ShardError(f"{path}: the tar's members are not those of its commit record.")
+
+
+def stated_listing(record: Samples) -> list[tuple[str, int, int]]:
+    """Name, offset and size of the members that a tar should have, by its record."""
+    return [(f"{member_key(key)}.{member.name}", member.offset, member.size) for key, members in record for member in members]
+
+
+def tar_listing(path: Path) -> list[tuple[str, int, int]]:
+    """The same as tarfile, which knows no record, finds them. Raises what tarfile raises."""
+    with tarfile.open(path, "r:") as tar:
+        return [(info.name, info.offset_data, info.size) for info in tar]
 
 
 class _HashingFile:
@@ -252,30 +275,47 @@ class _HashingFile:
         self.sha256 = hashlib.sha256()
         self.crc32c = 0
 
-    def write(self, data: bytes) -> None:
-        self.size += len(data)
-        self.sha256.update(data)
+    def write(self, data: bytes | Uint8Array) -> None:
+        view = data if isinstance(data, bytes) else data.data
+        self.size += len(data) if isinstance(data, bytes) else data.nbytes
+        self.sha256.update(view)
         self.crc32c = google_crc32c.extend(self.crc32c, data)
-        self.raw.write(data)
+        self.raw.write(view)
 
 
 def _write_sample(file: _HashingFile, sample: Sample, checksums: Checksums) -> tuple[Member, ...]:
     name = member_key(sample.key)
     members = [_write_member(file, name, "json", canonical(sample.metadata))]
     for array, pixels in sample.arrays.items():
-        payload = npy_header(pixels.shape) + pixels.tobytes()
-        members.append(_write_member(file, name, f"{array}.npy", payload, checksums[array]))
+        members.append(_write_member(file, name, f"{array}.npy", npy_header(pixels.shape), pixels, checksums[array]))
     return tuple(members)
 
 
-def _write_member(file: _HashingFile, key: str, name: str, data: bytes, seasons: tuple[int, ...] = ()) -> Member:
+def _write_member(
+    file: _HashingFile, key: str, name: str, data: bytes, pixels: Uint8Array = NO_PIXELS, seasons: tuple[int, ...] = ()
+) -> Member:
+    """Writes a member: `data`, then `pixels`, which are not copied on the way."""
+    pixels = np.ascontiguousarray(pixels)
     info = tarfile.TarInfo(f"{key}.{name}")  # mtime, uid and gid 0 and no names, by default
-    info.size, info.mode = len(data), 0o444
+    info.size, info.mode = len(data) + pixels.nbytes, 0o444
     file.write(info.tobuf(tarfile.USTAR_FORMAT))
     offset = file.size
     file.write(data)
-    file.write(bytes(-len(data) % BLOCK_BYTES))
-    return Member(name, offset, len(data), google_crc32c.value(data), seasons)
+    file.write(pixels)
+    file.write(bytes(-info.size % BLOCK_BYTES))
+    return Member(name, offset, info.size, google_crc32c.extend(google_crc32c.value(data), pixels), seasons)
+
+
+def _first_member(record: Samples) -> str:
+    """The name with which a tar begins, by its record."""
+    key, members = record[0]
+    return f"{member_key(key)}.{members[0].name}"
+
+
+def _begins_with(tar: Path) -> str:
+    """The name in the first header of a tar."""
+    with tar.open("rb") as file:
+        return file.read(100).rstrip(b"\0").decode(errors="replace")
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
