@@ -20,7 +20,7 @@ import rapidgzip
 
 from cromss_dist.data.archives.tar import Cut, Damaged, Member, tar_members
 from cromss_dist.data.archives.zip import local_bytes, unzip, zip_members
-from cromss_dist.errors import InputChangedError, UnreadableInputError
+from cromss_dist.errors import InputChangedError, StorageError, UnreadableInputError
 
 # A gzip stream is given up once it has inflated to this many bytes, and to more than so many times its size.
 BOMB_BYTES = 2**29
@@ -105,6 +105,7 @@ def members(container: Container, root: Path, index: Path, progress: Callable[[i
         Cut: it ends too early; what was yielded until then is whole, and the index is written.
         Damaged: it cannot be decoded, or would inflate without end.
         InputChangedError: it is not what it was.
+        StorageError: the disk does not take the index.
     """
     with _Parts(container, root) as parts:
         if container.kind == "tar.gz":
@@ -261,6 +262,36 @@ class _Gzip:
         self.close = weakref.finalize(self, self.file.close)
 
 
+class _IndexFile(io.FileIO):
+    """Where rapidgzip writes its index. A write that fails ends the process there, so it is kept and raised at the end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self._path = path
+        self._failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while left and self._failure is None:
+            try:
+                left = left[super().write(left) :]
+            except OSError as error:
+                self._failure = error
+        return size
+
+    def close(self) -> None:
+        if not self.closed and self._failure is None:
+            try:
+                os.fsync(self.fileno())
+            except OSError as error:
+                self._failure = error
+        super().close()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise StorageError.of(OSError(failure.errno, failure.strerror, str(self._path))) from failure
+
+
 def _gzip_members(container: Container, parts: _Parts, index: Path, progress: Callable[[int], None] | None) -> Iterator[Member]:
     gzip = _Gzip(parts, container.size, threads=min(os.cpu_count() or 1, 8))
     try:
@@ -279,8 +310,8 @@ def _gzip_members(container: Container, parts: _Parts, index: Path, progress: Ca
                 f"it inflates to {inflating.inflated} bytes and its last four bytes say {told} (modulo 2**32): it is cut, or "
                 "several gzip streams in one file, which must be packed again as one"
             )
-        with _decoding():  # GZTOOL: the format that compresses its windows. This reads to the end: not for a bomb
-            gzip.file.export_index(str(index), rapidgzip.IndexFormat.GZTOOL)
+        with _decoding(), _IndexFile(index) as out:  # this reads to the end: not for a bomb
+            gzip.file.export_index(out, rapidgzip.IndexFormat.GZTOOL)  # the format that compresses its windows
         if cut is not None:
             raise cut
     finally:

@@ -231,6 +231,7 @@ def take_inventory(
         ArchiveMissingError: `root` is no folder.
         UnreadableInputError: a container is cut off, damaged, or lacks a part.
         InputChangedError: a container changes meanwhile.
+        StorageError: the disk is full, or refuses a file.
     """
     root = root.resolve()
     if not root.is_dir():
@@ -239,19 +240,14 @@ def take_inventory(
     work = Path(tempfile.mkdtemp(prefix="cromss-inventory-")) if work is None else work.resolve()  # mkdtemp: mode 0700
     work.mkdir(parents=True, exist_ok=True)
     try:
-        fresh = work / "inventory.tmp"
-        fresh.unlink(missing_ok=True)
-        connection = scratch(fresh)
-        try:
+        fresh, final = work / "inventory.tmp", work / "inventory.sqlite"
+        with scratch(fresh, final) as connection:
             connection.executescript(TABLES)
             find_files(connection, root, match, work, allow_partial, progress)
             connection.commit()
             _settle_repeats(connection, Inventory(root, fresh))
             sum_up(connection)
-            connection.commit()
-        finally:
-            connection.close()
-        inventory = Inventory(root, fresh.replace(work / "inventory.sqlite"))
+        inventory = Inventory(root, final)
     except BaseException:
         if private:
             shutil.rmtree(work, ignore_errors=True)

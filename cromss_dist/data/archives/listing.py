@@ -1,17 +1,19 @@
 """Every file of an archive's folder and of the containers in it, one after the other, none of them trusted by its name."""
 
+import errno
 import os
 import posixpath
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from cromss_dist.data.archives.containers import Container, Part, assemble, container_name, members
 from cromss_dist.data.archives.tar import Cut, Damaged
-from cromss_dist.errors import UnreadableInputError
+from cromss_dist.errors import StorageError, UnreadableInputError
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4096
 MAX_MEMBERS = 10**8  # of one container; SSL4EO-S12 has 14 million files
@@ -133,10 +135,7 @@ def listing_path(container: Container, work: Path) -> Path:
 
 def _keep_listing(container: Container, root: Path, kept: Path, progress: Progress | None) -> None:
     kept.parent.mkdir(mode=0o700, exist_ok=True)
-    fresh = kept.with_suffix(".tmp")
-    fresh.unlink(missing_ok=True)
-    connection = scratch(fresh)
-    try:
+    with scratch(kept.with_suffix(".tmp"), kept) as connection:  # its index is there by then
         connection.execute(
             "CREATE TABLE members (name BLOB, kind TEXT, offset INTEGER, size INTEGER, packed INTEGER, crc INTEGER)"
         )
@@ -155,17 +154,30 @@ def _keep_listing(container: Container, root: Path, kept: Path, progress: Progre
                 f"{container.path} is cut off or damaged: {damage}. Fetch it again or take it away"
                 + ("; `gzip -dc` saves what is before that as a tar." if container.kind == "tar.gz" else ".")
             ) from damage
-        connection.commit()
-    finally:
-        connection.close()
-    fresh.replace(kept)  # its index is there already
 
 
-def scratch(path: Path) -> sqlite3.Connection:
-    """A new sqlite file that is renamed once it is complete, and needs no protection until then."""
-    connection = sqlite3.connect(path)
-    connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;")
-    return connection
+@contextmanager
+def scratch(path: Path, final: Path) -> Iterator[sqlite3.Connection]:
+    """A new sqlite file at `path` that gets its name once it is complete and on disk, and needs no protection until then.
+
+    Raises:
+        StorageError: the disk is full, or refuses it.
+    """
+    path.unlink(missing_ok=True)
+    try:
+        connection = sqlite3.connect(path)
+        try:
+            connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;")
+            yield connection
+            connection.commit()
+        finally:
+            connection.close()
+    except sqlite3.OperationalError as error:  # sqlite does not say of which file
+        path.unlink(missing_ok=True)
+        raise StorageError.of(OSError(errno.EIO, str(error), str(path))) from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    path.replace(final)
 
 
 def _is_file_inside(root: Path, path: str) -> bool:

@@ -353,3 +353,37 @@ def test_real_containers_hold_the_real_tree() -> None:
 
     assert [unpacked.read(entry) for entry in every(unpacked)] == [packed.read(entry) for entry in every(packed)]
     assert len(every(packed)) == 384
+
+
+# Takes an inventory where no file may grow beyond some bytes, as on a full disk.
+ON_A_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from cromss_dist.data.archives.inventory import Match, take_inventory
+from cromss_dist.errors import StorageError
+limit = int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    take_inventory(Path(sys.argv[1]), lambda path: Match("s1", path), Path(sys.argv[2]))
+except StorageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("limit", "full"), [(2_000, "inventory.tmp"), (60_000, ".index")])
+def test_a_full_disk_is_told_by_the_file_that_does_not_fit_and_the_same_again_goes_on(
+    limit: int, full: str, tmp_path: Path
+) -> None:
+    root, work = tmp_path / "archive", tmp_path / "work"
+    root.mkdir()
+    draw = random.Random(0)
+    words = [draw.randbytes(16) for _ in range(4000)]
+    pixels = b"".join(draw.choices(words, k=500_000))  # the index holds 32 KB of each chunk of 256 KB, as packed data refers back
+    (root / "s1.tar.gz").write_bytes(gzip.compress(as_tar({"s1/a/scene/B1.tif": pixels}), 1))
+    command = [sys.executable, "-c", ON_A_FULL_DISK, str(root), str(work), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{full})" in done.stdout
+    assert str(work) in done.stdout
+    inventory = take_inventory(root, lambda path: Match("s1", path), work)
+    assert inventory.num_files == 1
