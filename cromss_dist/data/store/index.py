@@ -5,6 +5,7 @@ The tars are not parsed: where everything is comes from the commit records, into
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from cromss_dist.data.sample import Json
-from cromss_dist.data.store.shards import MANIFEST, block_bytes, manifest_entries, read_manifest, read_record
+from cromss_dist.data.store.shards import (
+    MANIFEST,
+    Samples,
+    ShardEntry,
+    block_bytes,
+    file_problems,
+    manifest_entries,
+    read_manifest,
+    read_record,
+)
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import LABEL_ARRAY, ArraySpec, Modality, Normalisation
 
 Uint8Array = npt.NDArray[np.uint8]
+NUM_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -153,9 +164,9 @@ class ShardIndex:
 
 
 def open_shards(folder: str | Path) -> ShardIndex:
-    """Opens a folder of shards after checking that it is complete: digests of manifest and records, sizes of tars.
+    """Opens a folder of shards after checking that it is complete: digests of manifest and records, names and sizes of tars.
 
-    Pixels are not read here; `ShardIndex.read` checks those it reads.
+    Pixels are not read here; `ShardIndex.read` checks those it reads. What is wrong is listed, not only the first of it.
 
     Raises:
         ShardError: the folder is none of ours, or something in it is missing, surplus or changed.
@@ -169,12 +180,34 @@ def open_shards(folder: str | Path) -> ShardIndex:
         raise ShardError(f"{folder}: manifest or a commit record is malformed: {error!r}. Shard the archive again.") from error
 
 
+def _read_records(path: Path, entries: Sequence[ShardEntry]) -> dict[str, Samples]:
+    """The commit records, once everything is there. Raises ShardError that says what is not, a few names of each kind."""
+    records: dict[str, Samples] = {}
+    wrong: defaultdict[str, list[str]] = defaultdict(list)
+    for entry in entries:
+        try:
+            records[entry.name] = read_record(path, entry)
+        except ShardError:
+            kind = "not the manifest's" if (path / entry.record).is_file() else "missing"
+            wrong[kind].append(entry.record)
+    for kind, name, _ in file_problems(path, entries, records):
+        wrong[kind].append(name)
+    if wrong:
+        told = "; ".join(
+            f"{len(names)} {kind} ({', '.join(names[:NUM_NAMES_SHOWN])}{', ...' if len(names) > NUM_NAMES_SHOWN else ''})"
+            for kind, names in wrong.items()
+        )
+        raise ShardError(
+            f"{path} is not as {MANIFEST} states: {told}. tools/verify.py says more. Restore them, move what is surplus "
+            "elsewhere, or shard the archive again."
+        )
+    return records
+
+
 def _build_index(path: Path) -> ShardIndex:
     manifest = read_manifest(path)
     entries = manifest_entries(path, manifest)
-    surplus = sorted({file.name for file in path.glob("*.tar")} - {entry.name for entry in entries})
-    if surplus:
-        raise ShardError(f"{path} holds shards that {MANIFEST} does not name: {', '.join(surplus[:5])}. Move them elsewhere.")
+    records = _read_records(path, entries)
     names = tuple(manifest["arrays"])
     total = sum(entry.samples for entry in entries)
     keys: list[str] = []
@@ -184,12 +217,7 @@ def _build_index(path: Path) -> ShardIndex:
     checksums = np.zeros((total, len(names), num_seasons), np.uint32)
     metadata_spans = np.zeros((total, 3), np.int64)
     for entry in entries:
-        tar = path / entry.name
-        size = tar.stat().st_size if tar.is_file() else None
-        if size != entry.size:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise ShardError(f"{tar} {found}; {MANIFEST} states {entry.size} bytes. Restore it or shard the archive again.")
-        samples = read_record(path, entry)
+        samples = records[entry.name]
         if len(samples) != entry.samples:
             raise ValueError(f"{entry.name} has {len(samples)} samples in its record, {entry.samples} in {MANIFEST}")
         for key, members in samples:

@@ -211,9 +211,7 @@ def read_record(folder: Path, entry: ShardEntry) -> Samples:
     ]
 
 
-def file_problems(
-    folder: Path, entries: Sequence[ShardEntry], records: Mapping[str, Samples]
-) -> Iterator[tuple[str, str, str]]:
+def file_problems(folder: Path, entries: Sequence[ShardEntry], records: Mapping[str, Samples]) -> Iterator[tuple[str, str, str]]:
     """What is wrong with the tars of a dataset by names, sizes and the first header of each; pixels are not read.
 
     Args:

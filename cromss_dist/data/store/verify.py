@@ -17,18 +17,21 @@ import numpy as np
 
 from cromss_dist.data.sample import Json, Rejected, Source, Uint8Array
 from cromss_dist.data.store.cube_layout import METADATA, SEASON_TEXTS, SEASON_TIMES, to_seconds
-from cromss_dist.data.store.cubes import CUBE, RECORD, CubeReader, file_problems
+from cromss_dist.data.store.cubes import CUBE, RECORD, CubeReader
+from cromss_dist.data.store.cubes import file_problems as cube_file_problems
 from cromss_dist.data.store.cubes import read_record as read_cube_record
 from cromss_dist.data.store.shards import (
     LEDGER,
     MANIFEST,
+    Samples,
     ShardEntry,
     canonical,
+    file_problems,
     manifest_entries,
     read_manifest,
     read_record,
 )
-from cromss_dist.data.store.verify_tar import Problem, Samples, begins_with, check_tar, first_member
+from cromss_dist.data.store.verify_tar import Problem, check_tar
 from cromss_dist.errors import InputChangedError, ShardError
 
 # Called with what is being read ('shards', 'cube', 'cube or source'), how much is done and how much there is.
@@ -159,25 +162,12 @@ class _Verifier:
             else:
                 if len(records[entry.name]) != entry.samples:
                     self.add(entry.record, f"lists {len(records[entry.name])} samples, not {entry.samples}")
-        first = {first_member(record): name for name, record in records.items() if record}
-        for entry in entries:
-            path = self.folder / entry.name
-            size = path.stat().st_size if path.is_file() else None
-            if size is None:
-                self.add(entry.name, "is missing")
-                continue
-            if size != entry.size:
-                self.add(entry.name, f"has {size} bytes; {MANIFEST} states {entry.size}")
-            record = records.get(entry.name)
-            begins = begins_with(path)
-            if record and begins != first_member(record):
-                where = f"; so should {first[begins]}, the files may have changed places" if begins in first else ""
-                self.add(entry.name, f"begins with member {begins!r}, its record with {first_member(record)!r}{where}")
-        named = {name for entry in entries for name in (entry.name, entry.record)} | {MANIFEST, RECORD}
-        for path in sorted(self.folder.iterdir()):
-            ours = path.suffix in (".tar", ".tmp") or (path.suffix == ".json" and path.name.startswith("shard-"))
-            if (ours and path.name not in named) or (path.name in (CUBE, RECORD) and self.manifest["cube"] is None):
-                self.add(path.name, f"is surplus: {MANIFEST} does not name it")
+        for _, name, what in file_problems(self.folder, entries, records):
+            self.add(name, what)
+        if self.manifest["cube"] is None:
+            for name in (CUBE, RECORD):
+                if (self.folder / name).exists():
+                    self.add(name, f"is surplus: {MANIFEST} does not name it")
         return records
 
     def check_cube(self, statuses: dict[str, str] | None) -> None:
@@ -191,7 +181,7 @@ class _Verifier:
         self.report.counts["cube_files"] = len(files)
         if (len(files), sum(file.size for file in files)) != (stated["files"], stated["size"]):
             self.add(RECORD, f"lists {len(files)} files; {MANIFEST} states {stated['files']} of {stated['size']} bytes")
-        wrong = dict(file_problems(self.folder, files))
+        wrong = dict(cube_file_problems(self.folder, files))
         for name, what in wrong.items():
             self.add(f"{CUBE}/{name}", what)
         self.missing = {file.path for file in files if not (self.folder / CUBE / file.path).is_file()}

@@ -8,18 +8,14 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import google_crc32c
 import numpy as np
 
 from cromss_dist.data.sample import Json, Uint8Array
-from cromss_dist.data.store.shards import MANIFEST, Member, ShardEntry, member_key, npy_header
+from cromss_dist.data.store.shards import MANIFEST, Member, Samples, ShardEntry, npy_header, stated_listing, tar_listing
 
 MAX_JSON_BYTES = 2**20  # of a sample's metadata
-
-Samples: TypeAlias = list[tuple[str, tuple[Member, ...]]]
-"""A commit record: key and members of each sample."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +62,11 @@ def check_tar(
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         for key, members in record:
             yield key, *tar.read_sample(file.fileno(), key, members)
-    if record and (listed := _listing(folder / entry.name)) != _stated_listing(record):
+    if record and (listed := _listing(folder / entry.name)) != stated_listing(record):
         what = listed if isinstance(listed, str) else "the tar's members are not those of its commit record"
         problems.append(Problem(entry.name, what))
     if digest != entry.sha256 and len(problems) == num_before:
         problems.append(Problem(entry.name, f"has sha256 {digest}, {MANIFEST} states {entry.sha256}; no member is touched"))
-
-
-def first_member(record: Samples) -> str:
-    """The name with which a tar begins, by its record."""
-    key, members = record[0]
-    return f"{member_key(key)}.{members[0].name}"
-
-
-def begins_with(tar: Path) -> str:
-    """The name in the first header of a tar."""
-    with tar.open("rb") as file:
-        return file.read(100).rstrip(b"\0").decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -139,14 +123,9 @@ class _OpenTar:
         self.problems.append(Problem(self.entry.name, what, key, name))
 
 
-def _stated_listing(record: Samples) -> list[tuple[str, int, int]]:
-    return [(f"{member_key(key)}.{member.name}", member.offset, member.size) for key, members in record for member in members]
-
-
 def _listing(path: Path) -> list[tuple[str, int, int]] | str:
-    """Name, offset and size of the members as tarfile, which knows no record, finds them; or why it cannot."""
+    """The members that tarfile finds, or why it cannot."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            return [(info.name, info.offset_data, info.size) for info in tar]
+        return tar_listing(path)
     except (tarfile.TarError, ValueError, OSError) as error:
         return f"is no tar that can be read: {error}"

@@ -18,7 +18,8 @@ from cromss_dist.data.conversion.convert import Summary
 from cromss_dist.data.conversion.estimate import estimate
 from cromss_dist.data.store.cubes import open_cube
 from cromss_dist.data.store.index import open_shards
-from cromss_dist.data.store.shards import manifest_entries, read_manifest, verify_shard
+from cromss_dist.data.store.shards import read_manifest
+from cromss_dist.data.store.verify import verify
 from cromss_dist.errors import ConfigError, InputChangedError, OutputExistsError, RejectedInputsError, ShardError, StorageError
 from tests.data.conversions import SMALL, killed_at, start, tree
 from tests.data.fake_source import FakeSource
@@ -281,8 +282,7 @@ def test_any_key_comes_back_as_it_was_and_none_overwrites_another(tmp_path: Path
     convert(tmp_path / "out", source)
     index = open_shards(tmp_path / "out")
     assert index.locations == tuple(sorted(NAMES))
-    for entry in manifest_entries(tmp_path / "out", index.manifest):
-        verify_shard(tmp_path / "out", entry)
+    assert verify(tmp_path / "out", deep=True, source=source).problems == []
     for sample_id, key in enumerate(index.locations):
         np.testing.assert_array_equal(index.read(sample_id, 1, ["s1"])["s1"], source.read(key).arrays["s1"][1])
 

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.store.index import open_shards
 from cromss_dist.data.store.shards import canonical
 from cromss_dist.errors import ShardError
+from tests.data.fake_source import FakeSource, spec_of
 from tests.data.tiny_archive import KEYS
 
 
@@ -64,19 +66,40 @@ def test_every_flipped_byte_of_pixels_is_an_error_that_names_shard_key_and_membe
                 index.read(1, (season + 1) % 4, [name])  # other seasons are whole
 
 
-def test_shards_that_are_cut_missing_or_surplus_are_refused_on_opening(shards: Path) -> None:
-    tar = shards / "shard-000001.tar"
-    good = tar.read_bytes()
-    tar.write_bytes(good[:-512])
-    with pytest.raises(ShardError, match=r"shard-000001\.tar has"):
-        open_shards(shards)
-    tar.unlink()
-    with pytest.raises(ShardError, match=r"shard-000001\.tar is missing"):
-        open_shards(shards)
-    tar.write_bytes(good)
-    (shards / "shard-000009.tar").write_bytes(good)
-    with pytest.raises(ShardError, match=r"does not name: shard-000009\.tar"):
-        open_shards(shards)
+@pytest.fixture
+def seven_shards(tmp_path: Path) -> Path:
+    """Tars of one sample each, all of one size."""
+    convert(FakeSource(7, spec_of(patch_px=12)), tmp_path / "out", shard_size_mib=0.001)
+    assert len({path.stat().st_size for path in (tmp_path / "out").glob("*.tar")}) == 1
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 7
+    return tmp_path / "out"
+
+
+def test_all_shards_that_are_missing_surplus_cut_or_swapped_are_listed_at_once(seven_shards: Path) -> None:
+    tars = sorted(seven_shards.glob("*.tar"))
+    tars[1].rename(seven_shards / "x")
+    tars[3].rename(tars[1])
+    (seven_shards / "x").rename(tars[3])
+    tars[0].unlink()
+    tars[4].with_suffix(".json").unlink()
+    os.truncate(tars[5], 512)
+    (seven_shards / "shard-000009.tar").touch()
+    with pytest.raises(ShardError) as raised:
+        open_shards(seven_shards)
+    for told in (
+        "2 missing (shard-000004.json, shard-000000.tar)",
+        "2 swapped (shard-000001.tar, shard-000003.tar)",
+        "1 of another size (shard-000005.tar)",
+        "1 surplus (shard-000009.tar)",
+    ):
+        assert told in str(raised.value)
+
+
+def test_of_many_missing_shards_the_first_few_are_named_and_all_counted(seven_shards: Path) -> None:
+    for tar in seven_shards.glob("*.tar"):
+        tar.unlink()
+    with pytest.raises(ShardError, match=r"7 missing \(shard-000000\.tar, .*shard-000004\.tar, \.\.\.\)"):
+        open_shards(seven_shards)
 
 
 def test_a_shard_cut_after_opening_is_an_error(shards: Path) -> None:
@@ -90,10 +113,10 @@ def test_records_that_are_missing_or_not_the_manifests_are_refused(shards: Path)
     record = shards / "shard-000000.json"
     good = record.read_text()
     record.write_text(good.replace(KEYS[0], "9999999"))
-    with pytest.raises(ShardError, match="not the record"):
+    with pytest.raises(ShardError, match=r"1 not the manifest's \(shard-000000\.json\)"):
         open_shards(shards)
     record.unlink()
-    with pytest.raises(ShardError, match="no commit record"):
+    with pytest.raises(ShardError, match=r"1 missing \(shard-000000\.json\)"):
         open_shards(shards)
 
 
