@@ -104,7 +104,7 @@ def cluster(num_cpus: int, address: str | None = None, setup_hook: Callable[[], 
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off: Ray takes the loopback address as its node's
             }
         else:
-            _require_token()
+            require_token()
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         import ray  # Ray reads these when it is imported, so the import comes after
 
@@ -120,7 +120,7 @@ def cluster(num_cpus: int, address: str | None = None, setup_hook: Callable[[], 
             ray.shutdown()
 
 
-def _require_token() -> None:
+def require_token() -> None:
     """Raises ConfigError unless a cluster is joined with a token that only this user can read."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     if os.environ.get("RAY_AUTH_MODE") != "token" or not path.is_file() or path.stat().st_mode & 0o077:

@@ -24,13 +24,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.table import Table
 
 from cromss_dist.data.archives.open import open_archive
+from cromss_dist.data.conversion.append import Base
 from cromss_dist.data.conversion.convert import Runner, Summary, convert, run_here
 from cromss_dist.data.conversion.estimate import Estimate, estimate
 from cromss_dist.data.conversion.plan import locations_per_part
 from cromss_dist.data.conversion.workplace import claimed
 from cromss_dist.data.sample import Source
 from cromss_dist.errors import ConfigError, main_guard
-from launch.parallel import ray_runner
+from launch.parallel import ray_runner, require_token
 from tools.progress import Bars, Rate, finding_files
 
 
@@ -50,14 +51,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0.001,
         help="share of the inputs that may be rejected, 0 to 1 (default: %(default)s)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what it would take, and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would take; keeps only what was found in containers")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds shards written by this tool")
     parser.add_argument("--append", action="store_true", help="add to OUT, which holds shards written by this tool")
     parser.add_argument("--restart", action="store_true", help="throw away what an interrupted conversion left")
     parser.add_argument("--allow-partial", action="store_true", help="take from a cut .tar.gz what is before the cut")
     options = parser.parse_args(arguments)
+    # What the converter would find out only after the archive, which may take an hour to look through.
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers} is not allowed; give 1 or more.")
+    if not 0 < options.shard_size_mib < math.inf:
+        raise ConfigError(f"--shard-size-mib {options.shard_size_mib} is not allowed; give a size above 0.")
+    if not 0 <= options.max_reject_fraction <= 1:
+        raise ConfigError(f"--max-reject-fraction {options.max_reject_fraction} is not allowed; give a share in [0, 1].")
+    if options.ray_address is not None:
+        require_token()
     return options
 
 
@@ -103,7 +111,6 @@ def show_estimate(told: Estimate, options: argparse.Namespace, console: Console)
     table.add_row("parts", str(told.num_parts))
     table.add_row("time", f"{_duration(told.seconds)} on {min(options.workers, told.num_parts)} of {options.workers} workers")
     console.print(table)
-    console.print("Nothing was written.")
 
 
 def show(summary: Summary, console: Console) -> None:
@@ -145,9 +152,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     console = Console()
     if options.dry_run:
-        source = open_source(options, None, console)
-        told = estimate(source, options.out, options.write or "shards", options.shard_size_mib, options.workers)
-        show_estimate(told, options, console)
+        with claimed(options.out, options.overwrite, options.append) as work:
+            source = open_source(options, work.inputs, console)
+            write = options.write or (Base.of(work.out).sinks if work.append else "shards")
+            show_estimate(estimate(source, work.out, write, options.shard_size_mib, options.workers), options, console)
+            console.print(work.kept or "Nothing was written.", soft_wrap=True, highlight=False)
     else:
         show(run(options, console), console)
 

@@ -150,9 +150,10 @@ class _Conversion:
     def run(self, run: Runner, progress: Progress | None) -> Summary:
         work = self.work
         if work.is_published:
-            if self._was_published():
-                return Summary(work.out, read_manifest(work.out))
+            wanted = self._was_published()
             work.clear()
+            if wanted:
+                return Summary(work.out, read_manifest(work.out))
             work.check_output()
         base = Base.of(work.out) if work.append else None
         plan = self._plan(base)
@@ -177,6 +178,7 @@ class _Conversion:
             raise self.ledger.too_many()
         manifest = self._finish(assignment, base)
         work.publish()
+        work.clear()
         return Summary(work.out, manifest)
 
     def _was_published(self) -> bool:

@@ -17,8 +17,10 @@ from cromss_dist.errors import ConfigError, InputChangedError
 
 Sinks: TypeAlias = Literal["shards", "cube", "both"]
 PLAN = "plan.json"
-# Another version of these may write other bytes for the same pixels.
-CODECS: dict[Sinks, tuple[str, ...]] = {"shards": ("numpy",), "cube": ("numpy", "zarr", "numcodecs")}
+# Another version of these may write other bytes for the same archive: imagecodecs decodes lossy GeoTIFFs, rasterio brings
+# PROJ, which computes longitude and latitude and names the CRS.
+CODECS: dict[Sinks, tuple[str, ...]] = {"shards": ("numpy", "imagecodecs", "rasterio")}
+CODECS["cube"] = (*CODECS["shards"], "zarr", "numcodecs")
 CODECS["both"] = CODECS["cube"]
 INPUT_FIELDS = ("fingerprint", "keys_sha256", "num_inputs", "arrays", "normalised_by")
 

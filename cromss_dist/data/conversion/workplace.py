@@ -3,7 +3,8 @@
 .OUT.partial/
   lock          held by the converter that works here; names it
   plan.json     what is done here
-  inputs/       what the reader of the archive keeps: its inventory and indices
+  inputs/       what the reader of the archive keeps: its inventory; in folders of it, what took long to find, such as the
+                listings of containers
   parts/        one commit record a finished part
   result/       what becomes OUT, by one rename
   publishing    sha256 of the manifest that is about to appear at OUT
@@ -15,7 +16,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,16 @@ class Workplace:
         return self.out.with_name(f".{self.out.name}.partial")
 
     @property
+    def lock(self) -> Path:
+        """The file that is locked."""
+        return self.folder / "lock"
+
+    @property
+    def aside(self) -> Path:
+        """Where the output is for a moment, on file systems that cannot swap folders."""
+        return self.folder / "replaced"
+
+    @property
     def plan(self) -> Path:
         """The file that states the plan."""
         return self.folder / "plan.json"
@@ -68,9 +79,13 @@ class Workplace:
         return self.folder / "parts" / f"part-{number:06d}.json"
 
     @property
-    def num_parts(self) -> int:
-        """Parts that are committed."""
-        return len(list(self.folder.glob("parts/part-*.json")))
+    def kept(self) -> str | None:
+        """What is there to go on with, as a user is told; None: nothing is."""
+        if count := len(list(self.folder.glob("parts/part-*.json"))):
+            return f"{count} finished parts are kept in {self.folder}; the command that wrote them goes on after them."
+        if any(self.inputs.glob("*/*")):
+            return f"What was found in the archive's containers is kept in {self.folder}, for the next conversion to {self.out}."
+        return None
 
     @property
     def is_published(self) -> bool:
@@ -82,20 +97,33 @@ class Workplace:
 
     def clear(self) -> None:
         """Removes all but the lock; a crash on the way leaves a folder that is still understood."""
+        last = (self._marker, self.plan)
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-        self._marker.unlink(missing_ok=True)
-        self.plan.unlink(missing_ok=True)
+            elif path not in (self.lock, *last):
+                path.unlink()
+        for path in last:
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes the folder; the lock last, so that who takes a new one finds nothing that is still being removed."""
+        self.clear()
+        self.lock.unlink()
+        self.folder.rmdir()
 
     def prepare(self, plan: bytes) -> None:
         """Makes the folders and states the plan, last, or sweeps what a killed converter left half written."""
         for folder in (self.inputs, self.folder / "parts", self.result):
             folder.mkdir(exist_ok=True)
-        for leftover in self.folder.rglob(".*.tmp"):
-            leftover.unlink()
+        self.sweep()
         if not self.plan.exists():
             write_atomically(self.plan, plan)
+
+    def sweep(self) -> None:
+        """Removes files that were left half written."""
+        for leftover in self.folder.rglob("*.tmp"):
+            leftover.unlink()
 
     def check_output(self) -> None:
         """Raises OutputExistsError unless the output is free, or ours and to be replaced or grown."""
@@ -123,7 +151,7 @@ class Workplace:
         write_atomically(self._marker, manifest.encode())
         failpoint("before_publish")
         if (self.overwrite or self.append) and os.path.lexists(self.out):
-            exchange(self.result, self.out, self.folder / "replaced")
+            exchange(self.result, self.out, self.aside)
         else:
             try:
                 self.result.rename(self.out)
@@ -140,7 +168,7 @@ class Workplace:
 def claimed(out: str | Path, overwrite: bool = False, append: bool = False, restart: bool = False) -> Iterator[Workplace]:
     """The folder for writing `out`, held against every other converter until the block ends.
 
-    When it ends well the folder is removed. When it does not, committed parts stay, and the error has a note that says so;
+    After that committed parts and what took the reader of the archive long are kept, and an error has a note that says so;
     without any, nothing stays.
 
     Args:
@@ -160,33 +188,34 @@ def claimed(out: str | Path, overwrite: bool = False, append: bool = False, rest
         raise ConfigError(f"{work.out.parent} is not a folder; create it, or choose another place for the output.")
     descriptor = _lock(work)
     try:
+        if work.aside.exists() and not os.path.lexists(work.out):
+            work.aside.rename(work.out)
         if restart:
             work.clear()
-        aside = work.folder / "replaced"
-        if aside.exists() and not os.path.lexists(work.out):
-            aside.rename(work.out)
         if not work.is_published:
             work.check_output()
         work.inputs.mkdir(exist_ok=True)
         yield work
-        work.clear()
-        shutil.rmtree(work.folder)
     except BaseException as error:
-        if count := work.num_parts:
-            error.add_note(f"{count} finished parts are kept in {work.folder}; the command that wrote them goes on after them.")
-        else:
-            shutil.rmtree(work.folder, ignore_errors=True)  # must not hide the error that ended the work
+        work.sweep()
+        if work.kept:
+            error.add_note(work.kept)
         raise
     finally:
+        if not work.kept:
+            with suppress(OSError):  # must not hide the error that ended the work
+                work.remove()
         os.close(descriptor)
 
 
 def _lock(work: Workplace) -> int:
     """Makes the folder and locks a file in it; the system undoes the lock when this process ends, however it ends."""
-    path = work.folder / "lock"
+    path = work.lock
     while True:
         try:
             work.folder.mkdir(mode=0o700, exist_ok=True)
+            if work.folder.is_symlink():  # what is in the folder is removed: never somewhere else
+                raise FileExistsError
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:  # its owner finished and removed the folder just now
             continue
@@ -200,8 +229,16 @@ def _lock(work: Workplace) -> int:
             raise OutputExistsError(
                 f"{work.out} is being written by {holder or 'another process'}; wait for it, or choose another folder."
             ) from error
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        if _is_at(path, descriptor):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
             return descriptor
         os.close(descriptor)  # the lock of a folder that was removed meanwhile
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
