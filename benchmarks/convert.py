@@ -149,9 +149,13 @@ def rates(runs: Sequence[Run], clock: str) -> list[float]:
     return [run["locations"] / run[clock] for run in runs]
 
 
-def table(runs: dict[tuple[str, str], list[Run]], group: str, base: str) -> list[str]:
-    """Rows of the ways of one group; ratios are to `base`, run by run."""
+def section(title: str, runs: dict[tuple[str, str], list[Run]], group: str, base: str) -> list[str]:
+    """A table of the ways of one group, if it was run; ratios are to `base`, run by run."""
+    if (group, base) not in runs:
+        return []
     lines = [
+        f"## {title}",
+        "",
         "| way | locations/s of a core | times that of the first | locations/s | to disk | MB a location | of the first |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -196,10 +200,9 @@ def report(bench: Bench, memory: list[tuple[int, Run]], loads: Sequence[float], 
         "",
     ]
     for form in options.forms:
-        lines += [f"## From an archive: {form}", "", *table(bench.runs, form, "published")]
-    lines += ["## From samples in memory", "", *table(bench.runs, "arrays", "shards")]
-    if options.parallel:
-        lines += [f"## End to end: {options.parallel} locations, physical", "", *table(bench.runs, "parallel", "convert")]
+        lines += section(f"From an archive: {form}", bench.runs, form, "published")
+    lines += section("From samples in memory", bench.runs, "arrays", "shards")
+    lines += section(f"End to end: {options.parallel} locations, physical", bench.runs, "parallel", "convert")
     if memory:
         lines += [
             "## Peak memory of a conversion, one process",
