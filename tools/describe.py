@@ -7,7 +7,7 @@ Containers in the folder (.tar, .tar.gz, split .tar.gz.partaa, .zip) count as un
 where it says `# guess` something is yours to check. docs/archives.md is the how-to and explains every key.
 
 Exit codes: 0 done; 2 wrong argument; 4 the YAML is there already; 10 ARCHIVE is missing; 11 no images with labels in it;
-13 a container is damaged.
+13 a container is damaged, or all files of a kind are.
 """
 
 import argparse

@@ -36,7 +36,10 @@ class Bars(Progress):
     def stop(self) -> None:
         """Shows them a last time, or takes them away."""
         self._stopped.set()
-        self.live.stop()  # rich's own puts an empty line into a log
+        if self.live.transient:
+            self.live.stop()  # rich's own puts an empty line into a log
+        else:
+            super().stop()
 
     def _log(self) -> None:
         while not self._stopped.wait(LOG_EVERY_S):

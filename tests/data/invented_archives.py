@@ -113,6 +113,23 @@ def _seasons(root: Path, pixel: Pixel) -> None:
                     write_tif(root / f"ROIs{roi}_{season}" / f"{kind}_{scene}" / name, pixels)
 
 
+def _named_seasons(root: Path, pixel: Pixel) -> None:
+    """A folder a season, in words; one label for all; towns with letters that are not ASCII."""
+    for town in ("Köln", "Nîmes", "Zürich", "Łódź"):
+        for season in ("summer", "winter"):
+            write_tif(root / season / "s1" / f"{town}.tif", pixel.s1(2))
+            write_tif(root / season / "s2" / f"{town}.tif", pixel.s2(4))
+        write_tif(root / "label" / f"{town}.tif", pixel.label((0, 1, 2)))
+
+
+def _scene_is_place(root: Path, pixel: Pixel) -> None:
+    """As Planet names scenes: day, second, satellite; nothing but the scene names the place."""
+    for number in range(4):
+        scene = f"2020032{number}_05463{number}_{number}_0f1{number}"
+        write_tif(root / "images" / f"{scene}_3B_AnalyticMS_SR.tif", pixel.s2(4))
+        write_tif(root / "labels" / f"{scene}_mask.tif", pixel.label((0, 1)))
+
+
 @dataclass(frozen=True)
 class Invented:
     """An archive and what becomes of it.
@@ -140,4 +157,6 @@ INVENTED = {
     "products": Invented(_products, 3, 4, ALL, 9),
     "colours": Invented(_colours, 6, 1, {"s2": 4}, 2),
     "seasons": Invented(_seasons, 24, 1, {"s1": 2, "s2": 13}, 9),
+    "named seasons": Invented(_named_seasons, 4, 2, {"s1": 2, "s2": 4}, 3),
+    "scene is place": Invented(_scene_is_place, 4, 1, {"s2": 4}, 2),
 }

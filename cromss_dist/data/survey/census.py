@@ -70,6 +70,7 @@ def take_census(survey: Survey, description: ArchiveDescription, patterns: Seque
 
     Raises:
         ArchiveEmptyError: no location has all roles.
+        UnreadableInputError: of a role no file of the sampled locations can be decoded.
     """
     scenes: Scenes = {role: {} for role in description.required_roles}
     for entry in survey.entries(patterns):
@@ -102,6 +103,9 @@ def take_census(survey: Survey, description: ArchiveDescription, patterns: Seque
                 images[match.key][modality].append((match, probe))
         # The pixels of all samples at once would not be small; the rest of what is known of them is.
         census.sampled.setdefault((match.role, match.band), []).append(replace(probe, pixels=probe.pixels[:, :1, :1]))
+    for role in scenes:
+        if not any(role == sampled for sampled, _ in census.sampled):
+            raise survey.unreadable(role)
     for key, of_modality in sorted(images.items()):
         shift = _shift(of_modality)
         if shift is not None:

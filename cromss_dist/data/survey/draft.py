@@ -11,6 +11,7 @@ from typing import Literal
 
 from cromss_dist.data.archives.description import ArchiveDescription, dump
 from cromss_dist.data.archives.files import ImageFiles, LocationList, OffsetRule, Units, ValueFiles
+from cromss_dist.data.archives.normalise import VALUE_DTYPES
 from cromss_dist.data.sample import Rejected
 from cromss_dist.data.survey.census import NUM_SAMPLED, Census, Scenes, take_census
 from cromss_dist.data.survey.draft_paths import DraftedPath, draft_paths
@@ -64,6 +65,7 @@ def draft(survey: Survey, name: str) -> Draft:
 
     Raises:
         ArchiveEmptyError: no images or no labels are among the files, or nothing in their paths names the location.
+        UnreadableInputError: of images or labels no file can be decoded.
     """
     patterns = _roles(survey)
     paths = draft_paths(patterns, [p for p in survey.patterns if p.extension == ".json"])
@@ -86,28 +88,49 @@ def draft(survey: Survey, name: str) -> Draft:
     census = take_census(survey, description, [patterns[role] for role in description.required_roles])
     used = [*patterns.values()]
     unused = tuple(p for p in survey.patterns if p.extension in RASTERS and p not in used)
+    for pattern in unused:
+        same = survey.role(pattern)
+        if same in patterns and survey.probes.get(pattern.text):
+            at = f"{'images' if same in MODALITIES else 'values'}.{same}.path"
+            remarks[at] = f"guess: {pattern.text} ({pattern.count} files) was left out, and could be this too"
     found = Draft(description, remarks, patterns, census, unused)
     _refine(survey, found, paths)
     return found
 
 
 def _roles(survey: Survey) -> dict[str, Pattern]:
-    """Role -> pattern; of several the one with most files."""
+    """Role -> pattern; of several the one with most files, and names before pixels."""
     patterns: dict[str, Pattern] = {}
-    for pattern in survey.patterns:
+    for pattern in sorted(survey.patterns, key=lambda pattern: survey.named_role(pattern) is None):
         role = survey.role(pattern)
         if role is not None:
             patterns.setdefault(role, pattern)
     if LABEL_ARRAY not in patterns and "reference" in patterns:
         patterns[LABEL_ARRAY] = patterns.pop("reference")
     if LABEL_ARRAY not in patterns or not {"s1", "s2"} & patterns.keys():
-        seen = ", ".join(f"{pattern.text} ({pattern.count} files)" for pattern in survey.patterns[:5])
-        raise ArchiveEmptyError(
-            f"{survey.inventory.root}: a dataset needs images and labels as GeoTIFFs, and among its files only "
-            f"{', '.join(patterns) or 'neither'} was told. Its most frequent paths are {seen}. Copy the nearest description of "
-            "configs/archives and edit it: docs/archives.md."
-        )
+        raise _incomplete(survey, patterns)
+    for role, pattern in patterns.items():
+        if not survey.probes.get(pattern.text):
+            raise survey.unreadable(f"{role} ({pattern.text})")
     return patterns
+
+
+def _incomplete(survey: Survey, patterns: dict[str, Pattern]) -> ArchiveEmptyError:
+    lacking = [what for what, roles in (("images", {"s1", "s2"}), ("labels", {LABEL_ARRAY})) if not roles & patterns.keys()]
+    seen = ", ".join(f"{pattern.text} ({pattern.count} files)" for pattern in survey.patterns[:5])
+    told = (
+        f"{survey.inventory.root}: a dataset needs images and labels as GeoTIFFs (.tif), and no {' or '.join(lacking)} were found"
+    )
+    other = next((p for p in survey.patterns if p.extension not in RASTERS and survey.named_role(p) is not None), None)
+    if other is not None:
+        return ArchiveEmptyError(
+            f"{told}, but {other.text} ({other.count} files): {other.extension or 'such files'} cannot be read; make GeoTIFFs of "
+            "them under the same names, see docs/archives.md."
+        )
+    return ArchiveEmptyError(
+        f"{told}. Its most frequent paths are {seen}. If some of them are, copy the nearest description of configs/archives and "
+        "write their paths into it: docs/archives.md."
+    )
 
 
 def _image_files(modality: Modality, pattern: Pattern, path: DraftedPath, survey: Survey, remarks: dict[str, str]) -> ImageFiles:
@@ -210,6 +233,16 @@ def _with_classes(name: str, files: ValueFiles, found: Draft) -> ValueFiles:
     if is_dw or (len(seen) >= 7 and seen[0] >= 0 and seen[-1] == NUM_CLASSES - 1):
         if not is_dw:
             found.remarks["values.label.classes"] = f"guess: values {seen} were seen, taken as Dynamic World's 0-8"
+        return files
+    makes = {
+        (p.header.bands, p.header.dtype) for (role, _), probes in found.census.sampled.items() if role == name for p in probes
+    }
+    wrong = sorted((bands, dtype) for bands, dtype in makes if bands > 1 or dtype not in VALUE_DTYPES)
+    if wrong:
+        bands, dtype = wrong[0]
+        found.remarks["values.label.path"] = (
+            f"edit: these files have {bands} band{'s'[: bands > 1]} of {dtype}; a label has one, of integers: write class numbers"
+        )
         return files
     if not seen or len(seen) > MAX_CLASSES or seen[0] < 0:
         found.remarks["values.label.path"] = (

@@ -14,8 +14,8 @@ from cromss_dist.schema import LABEL_ARRAY, MODALITIES, Modality
 
 KEY_KINDS = ("number", "decimal", "code", "word")
 FIELD_NAMES: dict[Kind, str] = {
-    "number": "number", "decimal": "decimal", "code": "code", "satellite": "satellite", "split": "split", "word": "word",
-    "time": "other_time",
+    "number": "number", "decimal": "decimal", "code": "code", "satellite": "satellite", "split": "split", "season": "season",
+    "word": "word", "time": "other_time",
 }  # fmt: skip
 
 
@@ -50,43 +50,45 @@ def draft_paths(patterns: Mapping[str, Pattern], side_files: Sequence[Pattern]) 
     Raises:
         ArchiveEmptyError: nothing in the paths is common to images and labels.
     """
-    keys = _key_pieces(patterns)
+    keys, by_scene = _key_pieces(patterns, by_scene=True), True
+    if not keys:  # the scene alone names the location
+        keys, by_scene = _key_pieces(patterns, by_scene=False), False
+    if not keys:
+        raise _nameless(patterns)
     drafted: dict[str, DraftedPath] = {}
     for role in (*MODALITIES, *(role for role in patterns if role not in MODALITIES)):
         if role not in patterns:
             continue
         of_images = [modality for modality in MODALITIES if modality in drafted]
-        path, scene, fields = _template(patterns[role], keys, role)
+        path, scene, fields = _template(patterns[role], keys, role, by_scene)
         scene_of = None
         if role not in MODALITIES and scene is not None:
             same = [modality for modality in of_images if drafted[modality].scene == scene]
             scene_of = same[-1] if same else None
             if scene_of is None:  # the scene in a label's path is named otherwise than the images': only its time counts
-                path, scene, fields = _template(patterns[role], keys, role, whole_scene=False)
+                path, scene, fields = _template(patterns[role], keys, role, by_scene=False)
         key = "_".join(f"{{{name}}}" for name in keys)
-        metadata = _metadata(patterns[role], side_files, keys, role) if role in MODALITIES else None
+        metadata = _metadata(patterns[role], side_files, keys, role) if role in MODALITIES and by_scene else None
         drafted[role] = DraftedPath(path, scene or "{time}", fields, key, scene_of, metadata)
     return drafted
 
 
-def _key_pieces(patterns: Mapping[str, Pattern]) -> dict[str, Piece]:
-    """Field name -> the label's piece that names the location."""
+def _key_pieces(patterns: Mapping[str, Pattern], by_scene: bool) -> dict[str, Piece]:
+    """Field name -> the label's piece that names the location; none of a scene's name if `by_scene`."""
     label = patterns[LABEL_ARRAY]
     images = [patterns[modality] for modality in MODALITIES if modality in patterns]
     common: list[Piece] = []
     for place, piece in enumerate(label.pieces):
-        if piece.kind not in KEY_KINDS or place in _scene_places(label) or any(_same(label, piece, other) for other in common):
+        if (
+            piece.kind not in KEY_KINDS
+            or (by_scene and place in _scene_places(label))
+            or any(_same(label, piece, other) for other in common)
+        ):
             continue
         if all(any(piece.shares(other) for other in image.pieces) for image in images):
             common.append(piece)
     varied = [piece for piece in common if piece.constant is None]
     common = varied or common
-    if not common:
-        told = ", ".join(f"{role}: {pattern.text}" for role, pattern in patterns.items())
-        raise ArchiveEmptyError(
-            f"Nothing in the paths names the location in images and labels alike ({told}). Write the description by hand: "
-            "docs/archives.md."
-        )
     decimals = [piece for piece in common if piece.kind == "decimal"]
     named: dict[str, Piece] = {}
     for piece in common:
@@ -98,6 +100,16 @@ def _key_pieces(patterns: Mapping[str, Pattern]) -> dict[str, Piece]:
     return named
 
 
+def _nameless(patterns: Mapping[str, Pattern]) -> ArchiveEmptyError:
+    told = ", ".join(f"{role}: {pattern.text}" for role, pattern in patterns.items())
+    mosaic = all(pattern.count == 1 for pattern in patterns.values())
+    return ArchiveEmptyError(
+        f"Nothing in the paths names the location in images and labels alike ({told}). "
+        + ("There is one file of each kind: cut a mosaic into patches of one size first." if mosaic else "")
+        + ("" if mosaic else "Write the description by hand, or rename the files: docs/archives.md.")
+    )
+
+
 def _same(pattern: Pattern, one: Piece, other: Piece) -> bool:
     """Whether two pieces of a pattern always say the same."""
     places = [next(i for i, piece in enumerate(pattern.pieces) if piece is wanted) for wanted in (one, other)]
@@ -106,8 +118,10 @@ def _same(pattern: Pattern, one: Piece, other: Piece) -> bool:
 
 
 def _scene_places(pattern: Pattern) -> set[int]:
-    """Places in folders or names that hold a time and, beyond it, a satellite, a code or another time."""
+    """Places in folders or names that hold a time and, beyond it, a satellite, a code or another time; without times, seasons."""
     found: set[int] = set()
+    if not any(piece.kind == "time" for piece in pattern.pieces):
+        return {i for i, piece in enumerate(pattern.pieces) if piece.kind == "season" and piece.constant is None}
     for places in _segments(pattern):
         kinds = [pattern.pieces[i].kind for i in places]
         if "time" in kinds and (kinds.count("time") > 1 or {"satellite", "code"} & set(kinds)):
@@ -127,11 +141,11 @@ def _segments(pattern: Pattern) -> list[list[int]]:
 
 
 def _template(
-    pattern: Pattern, keys: Mapping[str, Piece], role: str, whole_scene: bool = True
+    pattern: Pattern, keys: Mapping[str, Piece], role: str, by_scene: bool = True
 ) -> tuple[str, str | None, dict[str, str]]:
     """Template, regular expression of the scene (None: the path has none) and fields."""
-    names = _names(pattern, keys)
-    scenes = _scene_places(pattern) if whole_scene else set()
+    scenes = _scene_places(pattern) if by_scene else set()
+    names = _names(pattern, keys, scenes)
     path, scene, fields = "", None, {name: _regex(piece) for name, piece in keys.items()}
     timed = False
     in_scene = ""
@@ -163,9 +177,9 @@ def _template(
     return path, scene, fields
 
 
-def _names(pattern: Pattern, keys: Mapping[str, Piece]) -> dict[int, str]:
+def _names(pattern: Pattern, keys: Mapping[str, Piece], scenes: set[int]) -> dict[int, str]:
     """Place -> name of the field of the key that stands there; each field once at least where it can be."""
-    scenes, names = _scene_places(pattern), dict[int, str]()
+    names: dict[int, str] = {}
     for name, key in keys.items():
         places = [i for i, p in enumerate(pattern.pieces) if i not in names and i not in scenes and key.shares(p)]
         if places:
@@ -204,16 +218,18 @@ def _regex(piece: Piece) -> str:
             return "-?[0-9]+[.p][0-9]+"
         case "time":
             return TIME
-        case "split" | "satellite":
+        case "split" | "season" | "satellite":
             return "|".join(sorted(re.escape(value) for value in piece.values))
         case _:
-            return "[A-Za-z0-9]+"
+            return "[A-Za-z0-9]+" if all(value.isascii() for value in piece.values) else r"[^\W_]+"
 
 
 def _scene_regex(piece: Piece, first_time: bool) -> str:
     match piece.kind:
         case "time":
             return "{time}" if first_time else "[0-9T]+"
+        case "season":
+            return _regex(piece)
         case "satellite":
             return f"{next(iter(piece.values))[:2]}[A-D]"
         case "text" if piece.constant is not None:

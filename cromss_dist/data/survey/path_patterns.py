@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from cromss_dist.data.archives.templates import TIME, plain_time
 from cromss_dist.schema import S1_BANDS, S2_BANDS
 
-Kind: TypeAlias = Literal["text", "time", "number", "decimal", "code", "satellite", "band", "split", "word"]
+Kind: TypeAlias = Literal["text", "time", "number", "decimal", "code", "satellite", "band", "split", "season", "word"]
 NUM_KEPT = 64  # values of a piece that are kept, those of the smallest hash: the same ones in every pattern that has them
 NUM_EXAMPLES = 4
 MIN_WORDS = 3  # alternatives of one word that make it a piece
@@ -43,7 +43,8 @@ ROLE_WORDS = {
 }  # fmt: skip
 _MEANT = {word for words in ROLE_WORDS.values() for word in words}
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
-_TOKEN = re.compile(rf"(?<![0-9]){TIME}(?![0-9])|(?<![0-9A-Za-z])-?[0-9]+[.p][0-9]{{3,}}|[A-Za-z0-9]+|[^A-Za-z0-9]")
+_SEASONS = ("spring", "summer", "autumn", "fall", "winter")
+_TOKEN = re.compile(rf"(?<![0-9]){TIME}(?![0-9])|(?<![0-9A-Za-z])-?[0-9]+[.p][0-9]{{3,}}|[^\W_]+|[\W_]")
 _SATELLITE = re.compile(r"S[12][A-D]")
 _NUMBERED = re.compile(r"([A-Za-z]+)([0-9]+)")  # p100, tile12, ROIs1868
 
@@ -88,7 +89,7 @@ def _split_token(token: str) -> list[Part]:
         return [("decimal", token)]
     if token.lower() in _MEANT:
         return [("text", token)]
-    if token.isdigit():
+    if token.isascii() and token.isdigit():
         return [("number", token)]
     if re.fullmatch(r"[0-9]+p[0-9]{3,}", token):
         return [("decimal", token)]
@@ -96,6 +97,8 @@ def _split_token(token: str) -> list[Part]:
         return [("satellite", token)]
     if token.lower() in _SPLITS:
         return [("split", token)]
+    if token.lower() in _SEASONS:
+        return [("season", token)]
     numbered = _NUMBERED.fullmatch(token)
     if numbered:
         return [("text", numbered[1]), ("number", numbered[2])]

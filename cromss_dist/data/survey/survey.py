@@ -17,7 +17,7 @@ from cromss_dist.data.archives.geotiff import Header, Place, decode, header, pla
 from cromss_dist.data.archives.inventory import Entry, Inventory, Match, Progress, take_inventory
 from cromss_dist.data.sample import Rejected
 from cromss_dist.data.survey.path_patterns import ROLE_WORDS, Pattern, Patterns
-from cromss_dist.errors import ArchiveEmptyError
+from cromss_dist.errors import ArchiveEmptyError, UnreadableInputError
 
 RASTERS = (".tif", ".tiff")
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
@@ -80,6 +80,10 @@ class Survey:
         """'s1', 's2', 'label', 'reference' or 'kind' where bands, words of the path or pixels say so; None for no raster."""
         if pattern.extension not in RASTERS:
             return None
+        return self.named_role(pattern) or self._role_by_pixels(pattern)
+
+    def named_role(self, pattern: Pattern) -> str | None:
+        """What bands and words of the path say, whatever kind of file it is."""
         if pattern.bands:
             return "s1" if set(pattern.bands) <= {"VV", "VH"} else "s2"
         told: list[str] = []  # from the file's name up to the top folder: the last word of a path says most
@@ -89,8 +93,9 @@ class Survey:
                 told.append(text[:2])
             elif piece.kind == "text":
                 told += [role for role, words in ROLE_WORDS.items() if text in words]
-        if told:
-            return next((role for role in told if role in ("reference", "kind")), told[0])
+        return next((role for role in told if role in ("reference", "kind")), told[0] if told else None)
+
+    def _role_by_pixels(self, pattern: Pattern) -> str | None:
         probes = self.probes.get(pattern.text)
         if not probes:
             return None
@@ -98,6 +103,13 @@ class Survey:
         if first.bands == 1 and not first.dtype.startswith("float"):
             return "label"
         return "s1" if first.bands <= 2 else "s2"
+
+    def unreadable(self, what: str) -> UnreadableInputError:
+        """The error for an archive none of whose rasters of a kind could be decoded."""
+        return UnreadableInputError(
+            f"{self.inventory.root}: none of the {what} files tried can be read; of {len(self.damaged)} bad rasters the "
+            f"first is {self.damaged[0]}. Mend them; cut large ones into patches."
+        )
 
     def entries(self, patterns: Sequence[Pattern]) -> Iterator[Entry]:
         """Every file of these patterns."""

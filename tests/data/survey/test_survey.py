@@ -11,7 +11,7 @@ from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.survey.draft import draft
 from cromss_dist.data.survey.path_patterns import NUM_KEPT, Patterns, Piece, split_path
 from cromss_dist.data.survey.survey import look
-from cromss_dist.errors import ArchiveEmptyError, ArchiveMissingError
+from cromss_dist.errors import ArchiveEmptyError, ArchiveMissingError, UnreadableInputError
 from tests.data.invented_archives import DAYS, INVENTED, Pixel, write_tif
 
 PATHS = (
@@ -199,6 +199,53 @@ def test_images_and_labels_that_have_no_name_in_common_have_no_draft(tmp_path: P
         write_tif(tmp_path / "label" / f"{number + 700:03}.tif", pixel.label((0, 1)))
     with pytest.raises(ArchiveEmptyError, match="alike"):
         draft(look(tmp_path), "x")
+
+
+def test_labels_of_another_format_are_named_with_what_to_do(tmp_path: Path) -> None:
+    for number in range(3):
+        write_tif(tmp_path / "s2" / f"{number:03}.tif", Pixel().s2(13))
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        (tmp_path / "labels" / f"{number:03}.png").write_bytes(b"png")
+    with pytest.raises(
+        ArchiveEmptyError, match=r"no labels were found, but labels/<number>\.png \(3 files\): \.png cannot be read"
+    ):
+        draft(look(tmp_path), "x")
+
+
+def test_a_mosaic_is_to_be_cut(tmp_path: Path) -> None:
+    write_tif(tmp_path / "s2.tif", Pixel().s2(13))
+    write_tif(tmp_path / "label.tif", Pixel().label((0, 1)))
+    with pytest.raises(ArchiveEmptyError, match="cut a mosaic into patches"):
+        draft(look(tmp_path), "x")
+
+
+@pytest.mark.parametrize("broken", ["s2", "label"])
+def test_images_or_labels_that_are_all_damaged_are_named(tmp_path: Path, broken: str) -> None:
+    for number in range(3):
+        write_tif(tmp_path / "s2" / f"{number:03}.tif", Pixel().s2(13))
+        write_tif(tmp_path / "label" / f"{number:03}.tif", Pixel().label((0, 1)))
+        (tmp_path / broken / f"{number:03}.tif").write_bytes(b"")
+    with pytest.raises(UnreadableInputError, match=rf"none of the {broken} .* truncated: it has 0 bytes"):
+        draft(look(tmp_path), "x")
+
+
+def test_a_second_kind_of_label_is_a_guess_to_check_and_names_come_before_pixels(tmp_path: Path) -> None:
+    for number in range(3):
+        for band in ("B02", "B03", "B04", "B08"):
+            write_tif(tmp_path / f"{number:03}" / f"{band}.tif", Pixel().s2())
+        write_tif(tmp_path / f"{number:03}" / "SCL.tif", Pixel().label((3, 4, 5)))
+        write_tif(tmp_path / f"{number:03}" / "labels.tif", Pixel().label((0, 1)))
+    found = draft(look(tmp_path), "x")
+    assert found.description.values["label"].path == "{id}/labels.tif"
+    assert found.remarks["values.label.path"].startswith("guess: <number>/SCL.tif (3 files) was left out")
+
+
+@pytest.mark.parametrize(("bands", "dtype"), [(3, "uint8"), (1, "float32")])
+def test_labels_that_are_colours_or_no_integers_are_to_be_edited(tmp_path: Path, bands: int, dtype: str) -> None:
+    for number in range(3):
+        write_tif(tmp_path / "s2" / f"{number:03}.tif", Pixel().s2(13))
+        write_tif(tmp_path / "label" / f"{number:03}.tif", np.repeat(Pixel().label((0, 1)), bands, 0).astype(dtype))
+    assert f"{dtype}; a label has one" in draft(look(tmp_path), "x").remarks["values.label.path"]
 
 
 def test_what_is_no_archive_is_said_to_be_none(tmp_path: Path) -> None:
