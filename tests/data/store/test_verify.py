@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import google_crc32c
 import numpy as np
 import pytest
 
@@ -214,19 +215,87 @@ def test_a_flip_outside_every_member_is_found(dataset: Path) -> None:
     assert "no member is touched" in report.problems[0].what
 
 
+def rewrite_tar(folder: Path, shard: int, change: Callable[[bytearray], object], record: Callable[[Json], object]) -> None:
+    """Edits a tar and its commit record, with digests that fit: what a wrong writer would do."""
+    path = folder / f"shard-{shard:06d}.tar"
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    change_record(folder, shard, lambda r: (r.update(sha256=digest), record(r)))
+    change_manifest(folder, lambda m: m["shards"][shard].update(sha256=digest))
+
+
+def rewrite_member(folder: Path, name: str, change: Callable[[bytearray], object]) -> None:
+    """Edits the payload of a member of sample 0000002, with checksums that fit."""
+    offset, size = member(folder, "shard-000001.tar", "0000002", name)
+    payload = bytearray()
+
+    def edit_payload(data: bytearray) -> None:
+        payload.extend(data[offset : offset + size])
+        change(payload)
+        assert len(payload) == size
+        data[offset : offset + size] = payload
+
+    def edit_record(record: Json) -> None:
+        members = record["samples"][0]["members"]
+        next(m for m in members if m["name"] == name)["crc32c"] = google_crc32c.value(bytes(payload))
+
+    rewrite_tar(folder, 1, edit_payload, edit_record)
+
+
 def test_a_tar_whose_headers_are_not_those_of_its_record_is_found_though_all_digests_fit(dataset: Path) -> None:
-    tar = dataset / "shard-000001.tar"
-    with tarfile.open(tar) as opened:
+    with tarfile.open(dataset / "shard-000001.tar") as opened:
         last = opened.getmembers()[-1]
     last.name = last.name.replace("label", "lable")
-    with tar.open("r+b") as file:
-        file.seek(last.offset)
-        file.write(last.tobuf(tarfile.USTAR_FORMAT))
-    digest = hashlib.sha256(tar.read_bytes()).hexdigest()
-    change_record(dataset, 1, lambda r: r.update(sha256=digest))
-    change_manifest(dataset, lambda m: m["shards"][1].update(sha256=digest))
+    header = last.tobuf(tarfile.USTAR_FORMAT)
+    rewrite_tar(dataset, 1, lambda data: data.__setitem__(slice(last.offset, last.offset + 512), header), lambda _: None)
     report = verify(dataset, deep=True)
-    assert [(p.file, p.what) for p in report.problems] == [(tar.name, "the tar's members are not those of its commit record")]
+    assert [p.what for p in report.problems] == ["the tar's members are not those of its commit record"]
+
+
+def test_what_is_no_tar_is_said_to_be_none(dataset: Path) -> None:
+    first = member(dataset, "shard-000001.tar", "0000002", "json")[0]
+    with tarfile.open(dataset / "shard-000001.tar") as opened:
+        end_of_name = len(opened.getnames()[0])
+    assert first == 512
+    # The name stays, so that the fast check takes the file for the right one.
+    rewrite_tar(dataset, 1, lambda data: data.__setitem__(slice(end_of_name, 512), b"x" * (512 - end_of_name)), lambda _: None)
+    whats = [problem.what for problem in verify(dataset, deep=True).problems if problem.file == "shard-000001.tar"]
+    assert any("is no tar that can be read" in what for what in whats)
+
+
+def test_an_array_under_the_header_of_another_shape_is_named(dataset: Path) -> None:
+    rewrite_member(
+        dataset, "s1.npy", lambda payload: payload.__setitem__(slice(0, 128), payload[:128].replace(b"(4, 2,", b"(2, 4,"))
+    )
+    report = verify(dataset, deep=True)
+    assert ("shard-000001.tar", "0000002", "s1", None) in found(report)
+
+
+def test_metadata_of_another_location_is_named(dataset: Path) -> None:
+    rewrite_member(
+        dataset, "json", lambda payload: payload.__setitem__(slice(None), payload.replace(b'"key":"0000002"', b'"key":"0000001"'))
+    )
+    report = verify(dataset, deep=True)
+    assert [(p.key, p.array, p.what) for p in report.problems] == [
+        ("0000002", "json", "the metadata is of another location"),
+    ]
+
+
+def test_a_sample_whose_record_lacks_an_array_is_named(dataset: Path) -> None:
+    change_record(dataset, 1, lambda r: r["samples"][0]["members"].pop())
+    report = verify(dataset, deep=True)
+    assert any(p.key == "0000002" and "its record has the members" in p.what for p in report.problems)
+
+
+def test_a_tar_cut_inside_its_last_sample_is_named_by_that_sample(dataset: Path) -> None:
+    offset, size = member(dataset, "shard-000001.tar", "0000002", "label.npy")
+    os.truncate(dataset / "shard-000001.tar", offset + size - 1)
+    told = [
+        (p.key, p.array) for p in verify(dataset, deep=True).problems if p.what.startswith(f"only {size - 1} of {size} bytes")
+    ]
+    assert told == [("0000002", "label")]
 
 
 def test_a_flipped_chunk_of_the_cube_is_named_by_sample_array_and_season(dataset: Path) -> None:
