@@ -116,6 +116,7 @@ class _Tree:
     def values(self) -> Iterator[Value]:
         pages = [] if self._root == _NO_ROOT else [self._root]
         num_pages = num_values = 0
+        last_key: bytes | None = None
         while pages:
             num_pages += 1
             if num_pages > MAX_PAGES_IN_TREE or num_pages > self._size // self._page_size:
@@ -135,7 +136,11 @@ class _Tree:
                 if num_values > self._num_values:
                     break
                 for node in nodes:
-                    yield self._value(page, node, start)
+                    value = self._value(page, node, start)
+                    if last_key is not None and value.key <= last_key:  # a page that is reached twice would repeat its values
+                        raise ValueError(f"value {value.key!r:.40} is out of order")
+                    last_key = value.key
+                    yield value
             else:
                 raise ValueError(f"page at byte {start} is neither branch nor leaf (flags {flags:#x})")
         if num_values != self._num_values:

@@ -23,10 +23,13 @@ import numpy.typing as npt
 from numcodecs import blosc, lz4, zstd
 
 from cromss_dist.data import zarr_metadata
+from cromss_dist.data.archives.tar import Cut, Damaged
+from cromss_dist.data.archives.zip import find_directory
 from cromss_dist.data.sample import Json, Rejected
 from cromss_dist.errors import InputChangedError
 
 MAX_MEMBERS = 100_000
+MAX_DIRECTORY_BYTES = 2**24
 MAX_PACKED_BYTES = 2 * zarr_metadata.MAX_CHUNK_BYTES  # of one member of the zip; incompressible chunks grow a little
 _SCALING = ("scale_factor", "add_offset")  # CF attributes that change values; none are expected
 
@@ -70,6 +73,9 @@ class ZarrZip:
                     f"{self.name} changed since the archive was opened; leave the archive alone while it is converted, and begin "
                     "again with --restart."
                 )
+            with open(self.path, "rb") as raw:  # zipfile makes an object of every 46 bytes of the directory
+                if find_directory(raw, self.size)[1] > MAX_DIRECTORY_BYTES:
+                    raise Rejected("too_big", self.name, f"its directory has more than {MAX_DIRECTORY_BYTES} bytes")
             with zipfile.ZipFile(self.path) as file:
                 if len(file.namelist()) > MAX_MEMBERS:
                     raise Rejected("too_big", self.name, f"it has more than {MAX_MEMBERS} members")
@@ -84,6 +90,8 @@ class ZarrZip:
             struct.error,
             zlib.error,
             OSError,
+            Cut,
+            Damaged,
         ) as error:
             raise Rejected("unreadable", self.name, f"as a zip file: {error}") from error
 
@@ -170,7 +178,8 @@ class Store:
             raise Rejected("too_big", self._path(name), f"it has {found.file_size} bytes; at most {max_bytes} are read")
         if found.flag_bits & 1 or found.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise Rejected("unreadable", self._path(name), "it is encrypted, or packed by another method than deflate")
-        return self._file.read(found)
+        with self._file.open(found) as member:  # ZipFile.read would inflate it whole before it looks at its size
+            return member.read(found.file_size)
 
     def _path(self, name: str) -> str:
         return f"{self._name}/{name}"

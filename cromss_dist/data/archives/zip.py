@@ -34,7 +34,7 @@ def zip_members(stream: BinaryIO, num_bytes: int) -> Iterator[Member]:
         Cut: the central directory is not at the end.
         Damaged: the central directory is none.
     """
-    at, size, number = _find_directory(stream, num_bytes)
+    at, size, number = find_directory(stream, num_bytes)
     if at + size > num_bytes:
         raise Damaged(f"its central directory should end at byte {at + size} of {num_bytes}")
     stream.seek(at)
@@ -102,8 +102,8 @@ def local_bytes(packed: int) -> int:
     return _LOCAL.size + 2 * _MAX_16 + packed
 
 
-def _find_directory(stream: BinaryIO, num_bytes: int) -> tuple[int, int, int]:
-    """First byte, bytes and entries of the central directory."""
+def find_directory(stream: BinaryIO, num_bytes: int) -> tuple[int, int, int]:
+    """First byte, bytes and entries of the central directory. Raises Cut or Damaged."""
     tail_at = max(0, num_bytes - _END.size - _MAX_16)
     stream.seek(tail_at)
     tail = stream.read(num_bytes - tail_at)

@@ -3,7 +3,6 @@
 The tars are not parsed: where everything is comes from the commit records, into arrays of offsets.
 """
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from cromss_dist.data.store.shards import (
     block_bytes,
     file_problems,
     manifest_entries,
+    parse_object,
     read_manifest,
     read_record,
 )
@@ -31,6 +31,7 @@ from cromss_dist.schema import LABEL_ARRAY, ArraySpec, Modality, Normalisation
 
 Uint8Array = npt.NDArray[np.uint8]
 NUM_NAMES_SHOWN = 5
+MAX_SEASONS = 1000
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class ShardIndex:
         """Where and when a location was taken: the JSON member of its sample, see `data.sample.Sample`.
 
         Raises:
-            ShardError: bytes are missing or do not match their checksum.
+            ShardError: bytes are missing or do not match their checksum, or are no JSON object.
         """
         path = self.folder / self.shard_names[self.shard_of[sample_id]]
         offset, size, checksum = (int(number) for number in self.metadata_spans[sample_id])
@@ -147,7 +148,7 @@ class ShardIndex:
                 f"{path}: sample {self.locations[sample_id]}, member json: the bytes do not match their CRC-32C. The file was "
                 "damaged after it was written; restore it or shard the archive again."
             )
-        return dict(json.loads(data))
+        return parse_object(path, data)
 
     def _read_array(self, descriptor: int, path: Path, sample_id: int, season: int, name: str) -> Uint8Array:
         array = self.arrays.index(name)
@@ -176,7 +177,8 @@ def open_shards(folder: str | Path) -> ShardIndex:
         raise ShardError(f"{folder} is not a folder; give a local folder that tools/shard.py has written (URLs are not opened).")
     try:
         return _build_index(path)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:  # digests hold, yet the content is not ours
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        # digests hold, yet the content is not ours
         raise ShardError(f"{folder}: manifest or a commit record is malformed: {error!r}. Shard the archive again.") from error
 
 
@@ -209,18 +211,20 @@ def _build_index(path: Path) -> ShardIndex:
     entries = manifest_entries(path, manifest)
     records = _read_records(path, entries)
     names = tuple(manifest["arrays"])
+    for entry in entries:  # before anything is sized by what the manifest says
+        if len(records[entry.name]) != entry.samples:
+            raise ValueError(f"{entry.name} has {len(records[entry.name])} samples in its record, {entry.samples} in {MANIFEST}")
     total = sum(entry.samples for entry in entries)
     keys: list[str] = []
     shard_of = np.repeat(np.arange(len(entries), dtype=np.int32), [entry.samples for entry in entries])
     offsets = np.zeros((total, len(names)), np.int64)
     num_seasons = int(manifest["arrays"][LABEL_ARRAY]["shape"][0])
+    if not 0 < num_seasons <= MAX_SEASONS:
+        raise ValueError(f"{MANIFEST} states {num_seasons} seasons")
     checksums = np.zeros((total, len(names), num_seasons), np.uint32)
     metadata_spans = np.zeros((total, 3), np.int64)
     for entry in entries:
-        samples = records[entry.name]
-        if len(samples) != entry.samples:
-            raise ValueError(f"{entry.name} has {len(samples)} samples in its record, {entry.samples} in {MANIFEST}")
-        for key, members in samples:
+        for key, members in records[entry.name]:
             by_name = {member.name: member for member in members}
             for array, (name, spec) in enumerate(manifest["arrays"].items()):
                 member, pixels = by_name[f"{name}.npy"], num_seasons * block_bytes(spec)
@@ -229,6 +233,8 @@ def _build_index(path: Path) -> ShardIndex:
                 offsets[len(keys), array] = member.offset + member.size - pixels
                 checksums[len(keys), array] = member.season_crc32c
             metadata = by_name["json"]
+            if not 0 <= metadata.size <= metadata.offset + metadata.size <= entry.size:
+                raise ValueError(f"{entry.name}: sample {key}: its metadata does not lie inside the tar")
             metadata_spans[len(keys)] = metadata.offset, metadata.size, metadata.crc32c
             keys.append(key)
     return ShardIndex(

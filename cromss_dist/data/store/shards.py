@@ -167,7 +167,7 @@ def read_manifest(folder: Path) -> Json:
     path = folder / MANIFEST
     if not path.is_file():
         raise ShardError(f"{folder} has no {MANIFEST}; give a folder that tools/shard.py has written.")
-    manifest = _parse(path, path.read_bytes())
+    manifest = parse_object(path, path.read_bytes())
     if manifest.get("format") != FORMAT or manifest.get("schema_version") != SCHEMA_VERSION:
         raise ShardError(
             f"{path} is format {manifest.get('format')!r} version {manifest.get('schema_version')!r}; this code reads {FORMAT!r} "
@@ -207,7 +207,7 @@ def read_record(folder: Path, entry: ShardEntry) -> Samples:
         raise ShardError(f"{path} is not the record that {MANIFEST} was made with. Restore it or shard the archive again.")
     return [
         (sample["key"], tuple(Member(**{**m, "season_crc32c": tuple(m["season_crc32c"])}) for m in sample["members"]))
-        for sample in _parse(path, data)["samples"]
+        for sample in parse_object(path, data)["samples"]
     ]
 
 
@@ -324,7 +324,8 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def _parse(path: Path, data: bytes) -> Json:
+def parse_object(path: Path, data: bytes) -> Json:
+    """The JSON object that a file, or a member of it, holds. Raises ShardError where it holds none."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -267,6 +267,14 @@ def test_a_file_is_read_as_the_lmdb_package_reads_it(tmp_path: Path) -> None:
     assert [(value.key, file.read(value.offset, value.size)) for value in file.values()] == expected
 
 
+def test_a_tree_that_leads_to_a_key_twice_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path / "lmdbs", rows_of(IDS[:2]))
+    path = root / NAMES["label"] / "data.mdb"
+    path.write_bytes(path.read_bytes().replace(b"\1\0" + b"1", b"\1\0" + b"0"))  # the length of a key, and the key
+    with pytest.raises(UnreadableInputError, match="out of order"):
+        open_lmdb(root)
+
+
 def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
     root = write(tmp_path / "lmdbs", rows_of(range(40)))
     path = root / NAMES["label"] / "data.mdb"

@@ -3,6 +3,7 @@ import os
 import pickle
 import random
 import shutil
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -16,11 +17,13 @@ import pytest
 import rasterio
 import zarr
 
+from cromss_dist.data.archives import zarr_zip
 from cromss_dist.data.archives.zarr_archive import ZarrArchive, open_zarr_zips
 from cromss_dist.data.archives.zarr_zip import find_zarr_zip
 from cromss_dist.data.sample import Rejected
 from cromss_dist.errors import ArchiveEmptyError, ArchiveMissingError, InputChangedError, UnreadableInputError
 from cromss_dist.schema import NORMALISATION, S1_BANDS, S2_BANDS
+from tests.data.archives.test_hostile import zeros
 
 SIDE = 12
 IDS = ("0080717", "0060573", "0012333")  # in the order of the rows
@@ -289,6 +292,33 @@ def test_chunks_that_inflate_are_rejected(root: Path, compressor: Any) -> None:
     bomb = compressor.encode(bytes(2**26))
     edit(write_s2(root, compressor=compressor), "bands/0.0.0.0.0", lambda data: bomb)
     assert reason(open_zarr_zips(root), IDS[0]) in ("unreadable", "truncated")
+
+
+def test_a_member_that_inflates_beyond_its_stated_size_is_rejected_in_little_memory(root: Path) -> None:
+    path, name = write_s2(root), "bands/0.0.0.0.0"
+    edit(path, name, lambda data: zeros(256) + b"\3\0")
+    data = bytearray(path.read_bytes())
+    for signature, method, size in ((b"PK\3\4", 8, 22), (b"PK\1\2", 10, 24)):  # stored is said to be deflated, of 1,000 bytes
+        at = data.rindex(signature)
+        data[at + method], data[at + size : at + size + 4] = 8, (1000).to_bytes(4, "little")
+    path.write_bytes(data)
+    archive = open_zarr_zips(root)
+    tracemalloc.start()
+    assert reason(archive, IDS[0]) == "unreadable"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26
+
+
+def test_a_directory_of_more_entries_than_any_store_has_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = write_s2(root, 2, ids=("0000009",), pixels=s2_pixels("0000009")[None])
+    with zipfile.ZipFile(second, "a") as file:
+        for number in range(1000):
+            file.writestr(f"{number:0100d}", b"")
+    monkeypatch.setattr(zarr_zip, "MAX_DIRECTORY_BYTES", 10**5)
+    archive = open_zarr_zips(root)
+    assert reason(archive, archive.keys[2]) == "too_big"
+    check(archive, IDS[0])
 
 
 @pytest.mark.parametrize(

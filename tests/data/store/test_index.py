@@ -1,8 +1,11 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 
@@ -154,6 +157,48 @@ def test_a_malformed_manifest_with_a_fitting_digest_is_refused(shards: Path, cha
     reseal(shards, **changes)
     with pytest.raises(ShardError):
         open_shards(shards)
+
+
+def sign_record(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the record of the first shard, and signs it again."""
+    path = folder / "shard-000000.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_bytes(canonical(record))
+    entries = json.loads((folder / "manifest.json").read_text())["shards"]
+    reseal(folder, shards=[{**entries[0], "record_sha256": hashlib.sha256(canonical(record)).hexdigest()}, *entries[1:]])
+
+
+@pytest.mark.parametrize(
+    "place", [{"size": 10**15}, {"offset": -5}, {"size": -1}, {"offset": 2**70}, {"crc32c": 2**70}, {"size": "x"}]
+)
+def test_metadata_that_lies_nowhere_is_refused_on_opening(shards: Path, place: dict[str, object]) -> None:
+    sign_record(shards, lambda record: record["samples"][0]["members"][0].update(place))
+    with pytest.raises(ShardError, match="malformed"):
+        open_shards(shards)
+
+
+def test_numbers_of_samples_and_seasons_that_no_memory_holds_are_refused(shards: Path) -> None:
+    manifest = json.loads((shards / "manifest.json").read_text())
+    for changes in (
+        {"shards": [{**manifest["shards"][0], "samples": 10**13}, *manifest["shards"][1:]]},
+        {"arrays": {**manifest["arrays"], "label": {**manifest["arrays"]["label"], "shape": [10**13, 48, 48]}}},
+    ):
+        reseal(shards, **changes)
+        with pytest.raises(ShardError, match="malformed"):
+            open_shards(shards)
+
+
+def test_metadata_that_is_no_json_object_is_an_error_though_its_checksum_holds(shards: Path) -> None:
+    tar = shards / "shard-000000.tar"
+    span = open_shards(shards).metadata_spans[0]
+    for text in (b"[1, 2]", b"{", b"\0\0\0\xff", b"[" * 500):
+        data = text.ljust(int(span[1]))
+        tar.write_bytes(tar.read_bytes()[: span[0]] + data + tar.read_bytes()[span[0] + span[1] :])
+        place = {"crc32c": google_crc32c.value(data)}
+        sign_record(shards, lambda record, place=place: record["samples"][0]["members"][0].update(place))  # type: ignore[misc]
+        with pytest.raises(ShardError, match="no JSON"):
+            open_shards(shards).metadata(0)
 
 
 def test_an_array_larger_than_its_member_is_refused(shards: Path) -> None:
