@@ -68,7 +68,7 @@ def read_list(data: bytes, name: str, known: ArchiveDescription) -> Listed:
                 continue  # the header
             wanted = f"a location's number of up to {digits} digits" if digits else "the key of a location"
             raise UnreadableInputError(f"{name} line {number} begins with {first!r}; expected {wanted}. Mend the line.")
-        named = tuple(cells[1:])
+        named = tuple(filter(None, cells[1:]))
         if key not in scenes:
             scenes[key] = named
             continue

@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -180,3 +182,30 @@ def test_a_csv_that_is_none_is_named(archive_root: Path) -> None:
     (archive_root / "dw_complete_ids.csv").write_text("ids,a\n../../etc,b\n")
     with pytest.raises(UnreadableInputError, match="line 2"):
         open_archive(archive_root)
+
+
+FORMS: dict[str, Callable[[str], bytes]] = {
+    "a byte order mark": lambda text: text.encode("utf-8-sig"),
+    "line ends of DOS": lambda text: text.replace("\n", "\r\n").encode(),
+    "a mark, no header, ends of DOS": lambda text: text.split("\n", 1)[1].replace("\n", "\r\n").encode("utf-8-sig"),
+    "ids of 7 digits": lambda text: re.sub(r"(?m)^(\d+)", lambda found: found[1].zfill(7), text).encode(),
+    "quoted cells and blanks": lambda text: re.sub(r"([^,\n]+)", r'"\1" ', text).encode(),
+    "empty cells behind and empty lines": lambda text: text.replace("\n", ",,\n\n").encode(),
+    "no last line end": lambda text: text.rstrip("\n").encode(),
+    "each line twice, once with an empty cell": lambda text: (text + text.split("\n", 1)[1].replace("\n", ",\n")).encode(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_csv_may_be_written_by_any_program(archive_root: Path, form: str) -> None:
+    file = archive_root / "dw_complete_ids.csv"
+    text = file.read_bytes().decode().replace("\r\n", "\n")
+    before = open_archive(archive_root)
+    file.write_bytes(FORMS[form](text))
+    after = open_archive(archive_root)
+    assert after.keys == before.keys == KEYS
+    assert set(after.duplicates) == (set(KEYS) if form.startswith("each line twice") else set())
+    for key in KEYS:
+        one, other = before.read(key), after.read(key)
+        assert one.metadata == other.metadata
+        assert all(np.array_equal(one.arrays[name], other.arrays[name]) for name in one.arrays)

@@ -339,8 +339,3 @@ def run_fuzz(folder: Path, first: int, last: int) -> None:
 
 def test_100_mutated_inputs_end_in_an_error_and_never_in_a_crash(tmp_path: Path) -> None:
     run_fuzz(tmp_path, 0, 100)
-
-
-@pytest.mark.slow
-def test_2000_mutated_inputs_end_in_an_error_and_never_in_a_crash(tmp_path: Path) -> None:
-    run_fuzz(tmp_path, 100, 2100)
