@@ -401,13 +401,9 @@ def test_a_payload_is_counted_comes_to_nothing_and_the_other_location_is_convert
     assert after - before == {tmp_path / "out"}  # no marker, and nothing unpacked
 
 
-def test_mutated_inputs_of_every_kind_end_in_an_error_of_ours_and_never_in_a_crash(tmp_path: Path) -> None:
-    run_main(tmp_path, 0, 2 * len(KINDS))
-
-
 @pytest.mark.slow
 def test_2000_mutated_inputs_of_all_kinds_end_in_an_error_of_ours_and_never_in_a_crash(tmp_path: Path) -> None:
-    told = run_main(tmp_path, 28, 28 + 143 * len(KINDS))
+    told = run_main(tmp_path, 0, 143 * len(KINDS))
     for kind in KINDS:
         outcomes = {line.removeprefix(f"{kind}: ") for line in told if line.startswith(f"{kind}: ")}
         assert len(outcomes) > 1, f"{kind}: {outcomes}"
