@@ -220,7 +220,7 @@ def file_problems(folder: Path, entries: Sequence[ShardEntry], records: Mapping[
         records: Of the tars, by name, those that can be believed.
 
     Yields:
-        A kind ('missing', 'of another size', 'swapped', 'surplus'), a file name, and what was found.
+        A kind ('missing', 'of another size', 'swapped', 'damaged at the beginning', 'surplus'), a file name, and what was found.
     """
     first = {_first_member(record): name for name, record in records.items() if record}
     for entry in entries:
@@ -233,7 +233,8 @@ def file_problems(folder: Path, entries: Sequence[ShardEntry], records: Mapping[
         record, begins = records.get(entry.name), _begins_with(path)
         if record and begins != _first_member(record):
             where = f"; so should {first[begins]}, the files may have changed places" if begins in first else ""
-            yield "swapped", entry.name, f"begins with member {begins!r}, its record with {_first_member(record)!r}{where}"
+            kind = "swapped" if begins in first else "damaged at the beginning"
+            yield kind, entry.name, f"begins with member {begins!r}, its record with {_first_member(record)!r}{where}"
     named = {name for entry in entries for name in (entry.name, entry.record)}
     for path in sorted(folder.iterdir()):
         ours = path.suffix in (".tar", ".tmp") or (path.suffix == ".json" and path.name.startswith("shard-"))

@@ -424,7 +424,11 @@ def damage_tar(path: Path, rng: np.random.Generator, kind: str, borders: list[in
 
 
 def assert_reads_right_pixels_or_none(folder: Path, source: FakeSource) -> None:
-    index = open_shards(folder)
+    try:
+        index = open_shards(folder)
+    except ShardError as error:  # the damage is in the first header
+        assert "1 damaged at the beginning" in str(error)  # noqa: PT017
+        return
     for sample_id, key in enumerate(index.locations):
         arrays = source.read(key).arrays
         for season in range(4):
