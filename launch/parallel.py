@@ -40,7 +40,7 @@ def ray_runner(workers: int, address: str | None = None) -> RayRunner:
             a private one on this machine, which ends with the run.
 
     Raises (when it runs):
-        ConfigError: the cluster is to be joined without a token.
+        ConfigError: the cluster is to be joined without a token, or is not there, or has another one.
         WorkerError: the process of a job died three times.
     """
 
@@ -114,15 +114,26 @@ def cluster(num_cpus: int, address: str | None = None, setup_hook: Callable[[], 
         if address is None:
             options |= {"num_cpus": num_cpus, "include_dashboard": False}
         try:
-            context: Any = ray.init(address=address or "local", **options)
+            try:
+                context: Any = ray.init(address=address or "local", **options)
+            except ConnectionError as error:  # an OSError, and no fault of the disk
+                raise ConfigError(
+                    f"No Ray cluster lets us in at {address} ({error}). Check that it runs, that the address is "
+                    f"right, and that its token is the one in {token_path()}."
+                ) from error
             yield str(Path(context["session_dir"]) / "logs")
         finally:
             ray.shutdown()
 
 
+def token_path() -> Path:
+    """The file in which Ray looks for the token of a cluster."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+
+
 def require_token() -> None:
     """Raises ConfigError unless a cluster is joined with a token that only this user can read."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    path = token_path()
     if os.environ.get("RAY_AUTH_MODE") != "token" or not path.is_file() or path.stat().st_mode & 0o077:
         raise ConfigError(
             "A Ray cluster is joined only with a token, since whoever reaches it without one can run code on it: start it with "

@@ -231,7 +231,8 @@ class CubeReader:
         check_metadata(cube)
         self.cube = cube
         try:
-            self.group = zarr.open_group(cube, mode="r")
+            # Opened once: opening an array costs as much as reading a sample of it.
+            self._arrays = dict(zarr.open_group(cube, mode="r").arrays())
             self.rows = read_rows(cube)
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             raise ShardError(f"{cube}: the coordinates cannot be read: {error}. Restore it.") from error
@@ -243,13 +244,13 @@ class CubeReader:
             ShardError: a byte of it changed.
         """
         try:
-            return np.asarray(_array(self.group, name)[row if season is None else (row, season)], np.uint8)
+            return np.asarray(self._arrays[name][row if season is None else (row, season)], np.uint8)
         except (ValueError, RuntimeError) as error:
             raise ShardError(f"{self.cube / name}, row {row}: its bytes do not match their checksum: {error}") from error
 
     def file_of(self, row: int, name: str) -> str:
         """Path inside the cube of the file that holds a row of an array."""
-        array = _array(self.group, name)
+        array = self._arrays[name]
         assert array.shards is not None
         return f"{name}/{chunk_name(row // array.shards[0], *[0] * (array.ndim - 1))}"
 
