@@ -145,6 +145,10 @@ def main_guard(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `| head` has read enough; without this the exit flushes into the pipe again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich has done that, and ends with 1
+            return 128 + signal.SIGPIPE
+        raise
     except OSError as error:
         told = StorageError.of(error)
         tell(f"StorageError: {told}", error)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from cromss_dist.data.survey.draft import Draft, draft
 from cromss_dist.data.survey.survey import NUM_NAMED, Survey, look
-from cromss_dist.errors import OutputExistsError, main_guard
+from cromss_dist.errors import ConfigError, OutputExistsError, main_guard
 from cromss_dist.schema import BANDS
 from tools.progress import finding_files
 
@@ -138,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if options.out is not None and options.out.exists():
         raise OutputExistsError(f"{options.out} is there already; name a new file with --out, or remove it.")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {options.out} lies in no folder; make the folder first.")
     console = Console(highlight=False)
     with finding_files(console) as tell:
         survey = look(options.archive, options.work, options.allow_partial, tell)

@@ -36,6 +36,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.description and not options.source:
         raise ConfigError("--description says what --source is; give --source ARCHIVE too.")
+    if options.report and not options.report.absolute().parent.is_dir():
+        raise ConfigError(f"--report {options.report} lies in no folder; make the folder first.")
     return options
 
 

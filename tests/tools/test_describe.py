@@ -64,3 +64,22 @@ def test_a_container_that_was_cut_is_refused(archive: Path, tmp_path: Path) -> N
     failed = describe(tmp_path)
     assert failed.returncode == 13
     assert "a.tar.gz" in failed.stderr
+
+
+def test_a_reader_that_has_read_enough_ends_it_as_documented(archive: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "tools" / "describe.py"), str(archive)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+def test_lmdbs_are_said_to_need_no_description_and_a_folder_must_be_there_for_the_draft(tmp_path: Path) -> None:
+    (tmp_path / "archive" / "s1.lmdb").mkdir(parents=True)
+    (tmp_path / "archive" / "s1.lmdb" / "data.mdb").write_bytes(b"0")
+    failed = describe(tmp_path / "archive")
+    assert failed.returncode == 11
+    assert "need no description" in failed.stderr
+    assert describe(tmp_path / "archive", "--out", tmp_path / "nowhere" / "a.yaml").returncode == 2

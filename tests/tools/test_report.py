@@ -2,9 +2,15 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from cromss_dist.data.conversion.convert import convert
+from cromss_dist.data.reporting.report import measure, write_report
+from cromss_dist.data.sample import Sample
+from tests.data.fake_source import FakeSource, spec_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -33,6 +39,18 @@ def test_a_sample_is_measured_and_said_to_be_one(synthetic_shards: Path, tmp_pat
     assert report(synthetic_shards, "--out", tmp_path / "out", "--sample", "3", "--workers", "1").returncode == 0
     assert "3 of 12, drawn by seed" in (tmp_path / "out" / "report.md").read_text()
     assert len((tmp_path / "out" / "quality.csv").read_text().splitlines()) == 13
+
+
+def test_without_places_there_is_no_map(tmp_path: Path) -> None:
+    class Nowhere(FakeSource):
+        def read(self, key: str) -> Sample:
+            sample = super().read(key)
+            return replace(sample, metadata={**sample.metadata, "lon": None, "lat": None})
+
+    convert(Nowhere(2, spec=spec_of(num_seasons=1)), tmp_path / "out")
+    write_report(tmp_path / "out", measure(tmp_path / "out", None, 0, 1), tmp_path / "report", sheet=2, seed=0)
+    assert not (tmp_path / "report" / "map.png").exists()
+    assert "there is no map" in (tmp_path / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--sample", "0"], 2), (["--workers", "0"], 2), (["--sheet", "0"], 2)])

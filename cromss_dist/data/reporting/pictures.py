@@ -4,7 +4,9 @@ Figures are made without pyplot, so no global backend or figure list is touched.
 """
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,7 @@ _BLUE, _ORANGE = "#2f6da8", "#d9822b"
 _IGNORED = (233, 233, 233)
 _PERCENTILES = (1.0, 98.0)
 _TILE_IN = 1.05
+_MARGIN_CHARS = 17  # of a location's name that fit in a line of the margin
 
 Colours = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
@@ -58,19 +61,21 @@ def draw_contact_sheet(index: ShardIndex, rows: Sequence[Sequence[Quality]]) -> 
     num_seasons = len(rows[0])
     drawn = [_tiles(index, sample_ids[seasons[0].key], num_seasons) for seasons in rows]
     names = list(drawn[0])
-    left, right, top, bottom, gap, between = 1.35, 0.15, 0.5, 0.55, 0.14, 0.32
-    group = len(names) * _TILE_IN
+    tile = 2.2 * _TILE_IN if num_seasons == 1 else _TILE_IN
+    left, right, top, gap, between = 1.35, 0.15, 0.5, 0.14, 0.32
+    group = len(names) * tile
     width = left + num_seasons * group + (num_seasons - 1) * gap + right
-    height = top + len(rows) * (_TILE_IN + between) + bottom
+    num_lines = _legend_lines(index.class_names, width)
+    height = top + len(rows) * (tile + between) + 0.35 + 0.2 * num_lines
     figure = _figure(width, height)
     for row, (seasons, tiles) in enumerate(zip(rows, drawn, strict=True)):
-        lower = height - top - (row + 1) * _TILE_IN - row * between
-        figure.text((left - 0.12) / width, (lower + _TILE_IN / 2) / height, _place(seasons[0]), ha="right", va="center",
+        lower = height - top - (row + 1) * tile - row * between
+        figure.text((left - 0.12) / width, (lower + tile / 2) / height, _place(seasons[0]), ha="right", va="center",
                     fontsize=8, color=_INK, linespacing=1.5)  # fmt: skip
         for season, quality in enumerate(seasons):
             start = left + season * (group + gap)
             for column, name in enumerate(names):
-                box = (start + column * _TILE_IN, lower, _TILE_IN - 0.03, _TILE_IN)
+                box = (start + column * tile, lower, tile - 0.03, tile)
                 axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
                 axes.imshow(tiles[name][season], interpolation="nearest", aspect="auto")
                 _bare(axes)
@@ -118,17 +123,19 @@ def draw_map(lon: npt.ArrayLike, lat: npt.ArrayLike, title: str = "") -> Figure:
     return figure
 
 
-def draw_class_shares(counts: Sequence[dict[str, int]], title: str = "noisy label, share of pixels") -> Figure:
+def draw_class_shares(counts: Sequence[dict[str, int]], title: str = "label, share of pixels") -> Figure:
     """A bar a season, divided by the label's classes.
 
     Args:
         counts: For each season pixels of each class by name, 'ignored' among them: the manifest's `class_counts`.
         title: Line at the top.
     """
-    palette = {**class_palette([name for name in counts[0] if name != "ignored"]), "ignored": _IGNORED}
-    figure = _figure(10, 1.5 + 0.48 * len(counts))
+    names = [name for name in counts[0] if name != "ignored"]
+    palette = {**class_palette(names), "ignored": _IGNORED}
+    below = 0.55 + 0.2 * _legend_lines(names, 10)
+    figure = _figure(10, 0.75 + below + 0.48 * len(counts))
     height = figure.get_figheight()
-    axes = figure.add_axes((0.08, 0.75 / height, 0.9, 1 - 1.15 / height))
+    axes = figure.add_axes((0.08, below / height, 0.9, 1 - (below + 0.4) / height))
     for season, by_class in enumerate(counts):
         total, start = max(sum(by_class.values()), 1), 0.0
         for name, count in by_class.items():
@@ -143,7 +150,7 @@ def draw_class_shares(counts: Sequence[dict[str, int]], title: str = "noisy labe
     axes.set_xticks([])
     _plain(axes)
     axes.set_title(title, fontsize=11, color=_INK, loc="left")
-    _class_legend(figure, list(palette)[:-1], 0.1 / height)
+    _class_legend(figure, names, 0.1 / height)
     return figure
 
 
@@ -218,9 +225,10 @@ def _three_bands(bands: dict[str, Colours]) -> FloatArray:
 
 
 def _place(quality: Quality) -> str:
+    key = "\n".join(wrap(quality.key, _MARGIN_CHARS)[:4])
     if quality.lon is None or quality.lat is None:
-        return quality.key
-    return f"{quality.key}\n{_degrees(round(quality.lat, 2), 'S', 'N')}\n{_degrees(round(quality.lon, 2), 'W', 'E')}"
+        return key
+    return f"{key}\n{_degrees(round(quality.lat, 2), 'S', 'N')}\n{_degrees(round(quality.lon, 2), 'W', 'E')}"
 
 
 def _caption(quality: Quality) -> str:
@@ -275,8 +283,14 @@ def _histogram(axes: Axes, title: str, values: dict[str, list[float | None]], li
 def _class_legend(figure: Figure, names: Sequence[str], bottom: float) -> None:
     colours = {**class_palette(names), "ignored": _IGNORED}
     handles = [Patch(facecolor=_hex(colour), label=name.replace("_", " ")) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 10), fontsize=8, frameon=False, labelcolor=_INK,
+    columns = -(-len(handles) // _legend_lines(names, figure.get_figwidth()))
+    figure.legend(handles=handles, loc="lower center", ncols=columns, fontsize=8, frameon=False, labelcolor=_INK,
                   handlelength=1.1, columnspacing=1.2, bbox_to_anchor=(0.5, bottom))  # fmt: skip
+
+
+def _legend_lines(names: Sequence[str], width_in: float) -> int:
+    """How many lines the classes need, by the length of their names."""
+    return max(1, ceil(sum(0.42 + 0.062 * len(name) for name in (*names, "ignored")) / width_in))
 
 
 def _plain(axes: Axes) -> None:

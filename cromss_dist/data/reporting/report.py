@@ -75,12 +75,14 @@ def write_report(folder: Path, locations: Sequence[Sequence[Quality]], out: Path
     save(draw_contact_sheet(index, shown), out / CONTACT_SHEET)
     placed = [(seasons[0].lon, seasons[0].lat) for seasons in locations]
     known = np.array([place for place in placed if None not in place], float).reshape(-1, 2)
-    save(draw_map(known[:, 0], known[:, 1]), out / MAP)
+    if len(known):
+        of = "" if len(known) == len(locations) else f" of {len(locations):,}; where the others are is not recorded"
+        save(draw_map(known[:, 0], known[:, 1], f"{len(known):,} locations{of}"), out / MAP)
     save(draw_class_shares(index.manifest["class_counts"]), out / CLASS_SHARES)
     rows = [row for seasons in locations for row in seasons]
     save(draw_quality(rows), out / HISTOGRAMS)
     write_csv(out / QUALITY, rows)
-    (out / PAGE).write_text(_page(index, locations, len(shown)), encoding="utf-8")
+    (out / PAGE).write_text(_page(index, locations, len(shown), bool(len(known))), encoding="utf-8")
 
 
 def check_new(out: Path) -> None:
@@ -110,7 +112,7 @@ def _run(index: ShardIndex, sample_ids: Sequence[int], workers: int) -> Iterator
         yield from pool.map(_measure_here, sample_ids, chunksize=8)
 
 
-def _page(index: ShardIndex, locations: Sequence[Sequence[Quality]], num_shown: int) -> str:
+def _page(index: ShardIndex, locations: Sequence[Sequence[Quality]], num_shown: int, placed: bool) -> str:
     manifest = index.manifest
     rows = [row for seasons in locations for row in seasons]
     confident = [row.shift_px for row in rows if row.shift_px is not None]
@@ -138,7 +140,7 @@ def _page(index: ShardIndex, locations: Sequence[Sequence[Quality]], num_shown: 
         f"{num_shown} locations drawn by seed. Sentinel-2: B4 B3 B2. Sentinel-1: VV, VH, VV - VH. Colours are stretched for "
         "each location.",
         "",
-        f"![Where the locations are]({MAP})",
+        f"![Where the locations are]({MAP})" if placed else "Where the locations are is not recorded: there is no map.",
         "",
         f"![Class shares by season]({CLASS_SHARES})",
         "",

@@ -121,6 +121,11 @@ def _incomplete(survey: Survey, patterns: dict[str, Pattern]) -> ArchiveEmptyErr
     told = (
         f"{survey.inventory.root}: a dataset needs images and labels as GeoTIFFs (.tif), and no {' or '.join(lacking)} were found"
     )
+    if any(pattern.text.endswith((".mdb", ".lmdb", ".zarr.zip")) for pattern in survey.patterns):
+        return ArchiveEmptyError(
+            f"{survey.inventory.root} holds LMDBs or .zarr.zip files, which need no description: tools/shard.py reads them as "
+            "they are."
+        )
     other = next((p for p in survey.patterns if p.extension not in RASTERS and survey.named_role(p) is not None), None)
     if other is not None:
         return ArchiveEmptyError(

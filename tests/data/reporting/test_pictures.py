@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.reporting.land import LAND
 from cromss_dist.data.reporting.pictures import (
     choose_locations,
@@ -16,8 +17,10 @@ from cromss_dist.data.reporting.pictures import (
     save,
 )
 from cromss_dist.data.reporting.quality import Quality, measure_location
+from cromss_dist.data.sample import ValueSpec
 from cromss_dist.data.store.index import open_shards
 from cromss_dist.schema import CLASSES
+from tests.data.fake_source import FakeSource, spec_of
 
 ROW = Quality("a", 0, 10.0, 50.0, "20200329T010800", "20200323T054639", 0.1, 0.0, 0.0, 1.0, -2.0, 9.0, "water", 0.6, 0.0)
 
@@ -48,6 +51,17 @@ def test_classes_of_dynamic_world_have_their_colours_and_others_differ() -> None
     assert palette["water"] == CLASSES[0].colour
     assert palette["trees"] == CLASSES[1].colour
     assert len(set(palette.values())) == 4
+
+
+def test_long_names_of_places_and_classes_fit_on_a_sheet_of_one_season(tmp_path: Path) -> None:
+    names = tuple(f"a_rather_long_name_of_class_{i}" for i in range(7))
+    spec = spec_of(num_seasons=1, values=[ValueSpec("label", names)])
+    convert(FakeSource(spec=spec, keys=["103p7755863905_17p9450063992-20200223"]), tmp_path / "out")
+    index = open_shards(tmp_path / "out")
+    for figure in (draw_contact_sheet(index, [measure_location(index, 0)]), draw_class_shares(index.manifest["class_counts"])):
+        rendered(figure)
+        boxes = [text.get_window_extent() for text in figure.texts] + [legend.get_window_extent() for legend in figure.legends]
+        assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
 def test_the_contact_sheet_shows_each_season_of_each_location(synthetic_shards: Path) -> None:
