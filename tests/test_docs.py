@@ -48,6 +48,13 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_has_a_title_and_a_text(document: Path) -> None:
+    title, _, text = document.read_text().partition("\n")
+    assert title.startswith("# ")
+    assert len(text) > 1000
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_and_name_in_backticks_exists(document: Path) -> None:
     missing = []
     for token in tokens_in_backticks(document.read_text()):
