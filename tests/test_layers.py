@@ -38,7 +38,7 @@ HOMES = {
     "rasterio": ("cromss_dist/data/",),
     "tifffile": (),  # tests write odd files with it
     "imagecodecs": ("cromss_dist/data/archives/geotiff.py",),
-    "rapidgzip": ("cromss_dist/data/archives/containers.py",),
+    "rapidgzip": ("cromss_dist/data/archives/inventory/containers.py",),
     "lmdb": (),  # ends by a signal on damaged files: archives/lmdb_file.py reads the format; tests write it
     "zarr": ("cromss_dist/data/store/cubes.py",),
     "xarray": ("cromss_dist/data/store/cubes.py",),

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cromss_dist.data.archives.description import dump, load
+from cromss_dist.data.archives.layout.description import dump, load
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.sample import Rejected, Source

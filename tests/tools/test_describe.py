@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cromss_dist.data.archives.description import load
+from cromss_dist.data.archives.layout.description import load
 from tests.data.invented_archives import DAYS, INVENTED, Pixel
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn
 
-from cromss_dist.data.archives.inventory import Match, take_inventory
+from cromss_dist.data.archives.inventory.entries import Match
+from cromss_dist.data.archives.inventory.inventory import take_inventory
 from tools import progress
 from tools.progress import Bars, Rate, finding_files
 

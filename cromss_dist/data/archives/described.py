@@ -10,12 +10,13 @@ from functools import cached_property
 import numpy as np
 
 from cromss_dist.data.archives import geotiff
-from cromss_dist.data.archives.description import ArchiveDescription, dump
-from cromss_dist.data.archives.files import LOCATIONS_ROLE, Units
-from cromss_dist.data.archives.inventory import Entry, Inventory
+from cromss_dist.data.archives.inventory.entries import Entry
+from cromss_dist.data.archives.inventory.inventory import Inventory
+from cromss_dist.data.archives.layout.description import ArchiveDescription, dump
+from cromss_dist.data.archives.layout.files import LOCATIONS_ROLE, Units
+from cromss_dist.data.archives.layout.templates import pieces
 from cromss_dist.data.archives.normalise import DTYPES, VALUE_DTYPES, ClassMap, Normaliser, Pixels
 from cromss_dist.data.archives.seasons import Listed, Scene, Slots, file_of_season, pair, read_list, sort_files
-from cromss_dist.data.archives.templates import pieces
 from cromss_dist.data.sample import Json, NormalisedBy, Rejected, Sample, SampleSpec, Uint8Array, ValueSpec
 from cromss_dist.errors import ArchiveEmptyError, UnreadableInputError
 from cromss_dist.schema import IGNORE, LABEL_ARRAY, ArraySpec, Modality

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.archives.files import MAX_STORED_VALUE, Units, ValueFiles
+from cromss_dist.data.archives.layout.files import MAX_STORED_VALUE, Units, ValueFiles
 from cromss_dist.data.sample import Uint8Array
 from cromss_dist.schema import IGNORE, Normalisation
 

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cromss_dist.data.archives.described import open_described
-from cromss_dist.data.archives.description import ArchiveDescription, load, shipped
-from cromss_dist.data.archives.inventory import Inventory, Match, Progress, take_inventory
+from cromss_dist.data.archives.inventory.entries import Match
+from cromss_dist.data.archives.inventory.inventory import Inventory, take_inventory
+from cromss_dist.data.archives.inventory.listing import Progress
+from cromss_dist.data.archives.layout.description import ArchiveDescription, load, shipped
 from cromss_dist.data.sample import Source
 from cromss_dist.errors import ArchiveEmptyError, ArchiveMissingError, ConfigError, CromssError
 

@@ -4,9 +4,9 @@ import csv
 from collections import Counter
 from dataclasses import dataclass, field
 
-from cromss_dist.data.archives.description import ArchiveDescription
-from cromss_dist.data.archives.inventory import Entry
-from cromss_dist.data.archives.templates import pieces
+from cromss_dist.data.archives.inventory.entries import Entry
+from cromss_dist.data.archives.layout.description import ArchiveDescription
+from cromss_dist.data.archives.layout.templates import pieces
 from cromss_dist.data.sample import Rejected
 from cromss_dist.errors import UnreadableInputError
 from cromss_dist.schema import LABEL_ARRAY, Modality

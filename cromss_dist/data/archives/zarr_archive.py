@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from cromss_dist.data.archives import geotiff
-from cromss_dist.data.archives.description import ArchiveDescription, load
-from cromss_dist.data.archives.inventory import Entry, Inventory, take_inventory
+from cromss_dist.data.archives.inventory.entries import Entry
+from cromss_dist.data.archives.inventory.inventory import Inventory, take_inventory
+from cromss_dist.data.archives.layout.description import ArchiveDescription, load
 from cromss_dist.data.archives.normalise import DTYPES, VALUE_DTYPES, ClassMap, Normaliser, Pixels
 from cromss_dist.data.archives.zarr_zip import Store, ZarrZip, find_zarr_zip
 from cromss_dist.data.sample import Json, Rejected, Sample, SampleSpec, Uint8Array, ValueSpec

@@ -23,8 +23,8 @@ import numpy.typing as npt
 from numcodecs import blosc, lz4, zstd
 
 from cromss_dist.data import zarr_metadata
-from cromss_dist.data.archives.tar import Cut, Damaged
-from cromss_dist.data.archives.zip import find_directory
+from cromss_dist.data.archives.inventory.tar import Cut, Damaged
+from cromss_dist.data.archives.inventory.zip import find_directory
 from cromss_dist.data.sample import Json, Rejected
 from cromss_dist.errors import InputChangedError
 

@@ -10,8 +10,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.archives.description import ArchiveDescription
-from cromss_dist.data.archives.inventory import Match
+from cromss_dist.data.archives.inventory.entries import Match
+from cromss_dist.data.archives.layout.description import ArchiveDescription
 from cromss_dist.data.reporting.quality import SHIFT_CONFIDENCE, Shift, estimate_shift
 from cromss_dist.data.survey.path_patterns import Pattern
 from cromss_dist.data.survey.survey import Probe, Survey

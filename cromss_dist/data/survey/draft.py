@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cromss_dist.data.archives.description import ArchiveDescription, dump
-from cromss_dist.data.archives.files import ImageFiles, LocationList, OffsetRule, Units, ValueFiles
+from cromss_dist.data.archives.layout.description import ArchiveDescription, dump
+from cromss_dist.data.archives.layout.files import ImageFiles, LocationList, OffsetRule, Units, ValueFiles
 from cromss_dist.data.archives.normalise import VALUE_DTYPES
 from cromss_dist.data.sample import Rejected
 from cromss_dist.data.survey.census import NUM_SAMPLED, Census, Scenes, take_census

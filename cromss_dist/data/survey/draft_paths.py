@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cromss_dist.data.archives.templates import TIME
+from cromss_dist.data.archives.layout.templates import TIME
 from cromss_dist.data.survey.path_patterns import Kind, Pattern, Piece, split_path
 from cromss_dist.errors import ArchiveEmptyError
 from cromss_dist.schema import LABEL_ARRAY, MODALITIES, Modality

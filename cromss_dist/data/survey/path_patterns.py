@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from heapq import nsmallest
 from typing import Literal, TypeAlias
 
-from cromss_dist.data.archives.templates import TIME, plain_time
+from cromss_dist.data.archives.layout.templates import TIME, plain_time
 from cromss_dist.schema import S1_BANDS, S2_BANDS
 
 Kind: TypeAlias = Literal["text", "time", "number", "decimal", "code", "satellite", "band", "split", "season", "word"]

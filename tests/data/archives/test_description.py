@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cromss_dist.data.archives.description import ArchiveDescription, dump, load, shipped
-from cromss_dist.data.archives.inventory import Match
-from cromss_dist.data.archives.templates import compile_template, one_of, plain_time
+from cromss_dist.data.archives.inventory.entries import Match
+from cromss_dist.data.archives.layout.description import ArchiveDescription, dump, load, shipped
+from cromss_dist.data.archives.layout.templates import compile_template, one_of, plain_time
 from cromss_dist.errors import ConfigError
 from cromss_dist.schema import NORMALISATION, S2_BANDS
 

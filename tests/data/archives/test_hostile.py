@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cromss_dist.data.archives import listing
-from cromss_dist.data.archives.inventory import Match, take_inventory
+from cromss_dist.data.archives.inventory import listing
+from cromss_dist.data.archives.inventory.entries import Match
+from cromss_dist.data.archives.inventory.inventory import take_inventory
 from cromss_dist.data.sample import Rejected
 from cromss_dist.errors import CromssError, UnreadableInputError
 from tests.data.archives.test_geotiff import tif
@@ -182,7 +183,7 @@ READ_ALL = """
 import sys
 from pathlib import Path
 from cromss_dist.data.archives import geotiff
-from cromss_dist.data.archives.inventory import take_inventory
+from cromss_dist.data.archives.inventory.inventory import take_inventory
 from cromss_dist.data.sample import Rejected
 from cromss_dist.errors import CromssError
 from tests.data.archives.test_hostile import match

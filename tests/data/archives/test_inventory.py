@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from cromss_dist.data.archives.inventory import Entry, Inventory, Match, take_inventory
+from cromss_dist.data.archives.inventory.entries import Entry, Match
+from cromss_dist.data.archives.inventory.inventory import Inventory, take_inventory
 from cromss_dist.data.sample import Rejected
 from cromss_dist.errors import ArchiveMissingError, InputChangedError, UnreadableInputError
 
@@ -359,7 +360,8 @@ def test_real_containers_hold_the_real_tree() -> None:
 ON_A_FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from cromss_dist.data.archives.inventory import Match, take_inventory
+from cromss_dist.data.archives.inventory.entries import Match
+from cromss_dist.data.archives.inventory.inventory import take_inventory
 from cromss_dist.errors import StorageError
 limit = int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import rasterio
 
-from cromss_dist.data.archives.description import ArchiveDescription
+from cromss_dist.data.archives.layout.description import ArchiveDescription
+from cromss_dist.data.archives.layout.typed_yaml import parse
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.archives.typed_yaml import parse
 from cromss_dist.data.sample import Rejected, Source
 from cromss_dist.errors import ArchiveMissingError
 from cromss_dist.schema import NORMALISATION, S2_BANDS

@@ -2,7 +2,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cromss_dist.data.archives.files import Units, ValueFiles
+from cromss_dist.data.archives.layout.files import Units, ValueFiles
 from cromss_dist.data.archives.normalise import ClassMap, Normaliser
 from cromss_dist.schema import BANDS, NORMALISATION, Modality
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from cromss_dist.data.archives.description import load
+from cromss_dist.data.archives.layout.description import load
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.survey.draft import draft

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from cromss_dist.data.archives.files import LOCATIONS_ROLE, ImageFiles, LocationList, ValueFiles, require
-from cromss_dist.data.archives.inventory import Match
-from cromss_dist.data.archives.templates import TIME, Template, compile_template, fill, one_of, pieces, plain_time
-from cromss_dist.data.archives.typed_yaml import parse, to_text
+from cromss_dist.data.archives.inventory.entries import Match
+from cromss_dist.data.archives.layout.files import LOCATIONS_ROLE, ImageFiles, LocationList, ValueFiles, require
+from cromss_dist.data.archives.layout.templates import TIME, Template, compile_template, fill, one_of, pieces, plain_time
+from cromss_dist.data.archives.layout.typed_yaml import parse, to_text
 from cromss_dist.errors import ConfigError
 from cromss_dist.schema import BANDS, LABEL_ARRAY, NORMALISATION, ArraySpec, Modality, Normalisation
 
-DESCRIPTIONS = Path(__file__).resolve().parents[3] / "configs" / "archives"
+DESCRIPTIONS = Path(__file__).resolve().parents[4] / "configs" / "archives"
 MAX_DESCRIPTION_BYTES = 2**20
 
 

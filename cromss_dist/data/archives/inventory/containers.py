@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, cast
 
 import rapidgzip
 
-from cromss_dist.data.archives.tar import Cut, Damaged, Member, tar_members
-from cromss_dist.data.archives.zip import local_bytes, unzip, zip_members
+from cromss_dist.data.archives.inventory.tar import Cut, Damaged, Member, tar_members
+from cromss_dist.data.archives.inventory.zip import local_bytes, unzip, zip_members
 from cromss_dist.errors import InputChangedError, StorageError, UnreadableInputError
 
 # A gzip stream is given up once it has inflated to this many bytes, and to more than so many times its size.

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cromss_dist.data.archives.containers import Part
-from cromss_dist.data.archives.listing import FOLDER, Found, Progress, assemble_all, list_container, walk
-
-if TYPE_CHECKING:
-    from cromss_dist.data.archives.inventory import Match
+from cromss_dist.data.archives.inventory.containers import Part
+from cromss_dist.data.archives.inventory.entries import Match
+from cromss_dist.data.archives.inventory.listing import FOLDER, Found, Progress, assemble_all, list_container, walk
 
 MAX_STRAY_FOLDERS = 1000  # that are counted one by one; the others together, as '...'
 
@@ -45,7 +43,7 @@ CREATE TABLE conflicting (key TEXT, path TEXT);
 def find_files(
     connection: sqlite3.Connection,
     root: Path,
-    match: "Callable[[str], Match | None]",
+    match: Callable[[str], Match | None],
     work: Path,
     allow_partial: bool,
     progress: Progress | None,

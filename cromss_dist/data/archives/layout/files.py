@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from cromss_dist.data.archives.templates import pieces
+from cromss_dist.data.archives.layout.templates import pieces
 from cromss_dist.errors import BandError, ConfigError
 from cromss_dist.schema import (
     BANDS,

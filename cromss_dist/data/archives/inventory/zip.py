@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from cromss_dist.data.archives.tar import Cut, Damaged, Member
+from cromss_dist.data.archives.inventory.tar import Cut, Damaged, Member
 
 # Structures of PKWARE's APPNOTE 6.3: local header, entry of the central directory, its end, and the zip64 forms of that.
 _LOCAL = struct.Struct("<4s5H3I2H")

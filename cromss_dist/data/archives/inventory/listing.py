@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from cromss_dist.data.archives.containers import Container, Part, assemble, container_name, members
-from cromss_dist.data.archives.tar import Cut, Damaged
+from cromss_dist.data.archives.inventory.containers import Container, Part, assemble, container_name, members
+from cromss_dist.data.archives.inventory.tar import Cut, Damaged
 from cromss_dist.errors import StorageError, UnreadableInputError
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4096

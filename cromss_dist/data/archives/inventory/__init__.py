@@ -1,0 +1,1 @@
+"""Which files an archive has, packed or not, and the bytes of one."""

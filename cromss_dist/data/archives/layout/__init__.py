@@ -1,0 +1,1 @@
+"""How files lie in an archive, as a YAML description says it."""
