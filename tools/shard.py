@@ -64,6 +64,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         raise ConfigError(f"--shard-size-mib {options.shard_size_mib} is not allowed; give a size above 0.")
     if not 0 <= options.max_reject_fraction <= 1:
         raise ConfigError(f"--max-reject-fraction {options.max_reject_fraction} is not allowed; give a share in [0, 1].")
+    if options.out.resolve().is_relative_to(options.archive.resolve()):
+        raise ConfigError(f"OUT {options.out} lies in the archive {options.archive}, which is only read; choose another place.")
     if options.ray_address is not None:
         require_token()
     return options

@@ -145,12 +145,14 @@ def list_files(name: str, endpoint: str | None = None, revision: str = "main") -
         revision: Branch, tag or commit.
 
     Raises:
-        ConfigError: there is no such name.
+        ConfigError: there is no such name, or the endpoint has a password in it.
         DownloadError: the server cannot be reached, or refuses.
     """
     if name not in REPOSITORIES:
         raise ConfigError(f"there is no dataset {name!r}; choose from {', '.join(REPOSITORIES)}.")
     repository, server = REPOSITORIES[name], endpoint or ENDPOINT
+    if "@" in server:  # it would be printed with every error and written into download.json
+        raise ConfigError("The endpoint has a user or password in it; give it without, tokens come from the environment.")
     api = HfApi(endpoint=server, token=_token(server))
     with _told(repository, server):
         commit = api.repo_info(repository.repo_id, repo_type="dataset", revision=revision).sha

@@ -44,3 +44,9 @@ def test_wrong_arguments_end_with_code_2(tmp_path: Path) -> None:
             told = run(*arguments, "--endpoint", server.url)
             assert told.returncode == 2, told.stderr
             assert "Traceback" not in told.stderr
+
+
+def test_an_endpoint_with_a_password_is_refused_and_not_printed() -> None:
+    told = run("noldo-s12", "--endpoint", "http://me:canary@127.0.0.1:1")
+    assert told.returncode == 2
+    assert "canary" not in told.stdout + told.stderr

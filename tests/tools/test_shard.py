@@ -66,6 +66,15 @@ def test_missing_and_empty_archives_and_wrong_arguments_have_their_exit_codes(ar
     assert os.listdir(tmp_path) == ["empty"]
 
 
+def test_an_output_inside_the_archive_and_a_dataset_as_archive_are_told_apart(archive: Path, tmp_path: Path) -> None:
+    inside = shard(archive, archive / "out")
+    assert (inside.returncode, (archive / "out").exists()) == (2, False)
+    assert shard(archive, tmp_path / "out", "--workers", "1").returncode == 0
+    again = shard(tmp_path / "out", tmp_path / "again")
+    assert again.returncode == 10
+    assert "looks like a dataset" in again.stderr
+
+
 def test_help_names_arguments_and_exit_codes() -> None:
     text = shard("--help").stdout
     assert all(word in text for word in ("ARCHIVE", "--shard-size-mib", "--max-reject-fraction", "Exit codes", "ledger.jsonl"))

@@ -106,4 +106,6 @@ def _no_layout(root: Path, inventory: Inventory, roles: list[tuple[ArchiveDescri
         problems.append(f"for the layout {layout.name} it lacks {missing}")
     strays = ", ".join(f"{number} in {folder}" for folder, number in list(inventory.strays.items())[:8])
     hint = " s2a/ holds L2A products; L1C is needed." if "s2a" in inventory.strays else ""
+    if (root / "manifest.json").is_file() and (root / "ledger.jsonl").is_file():
+        hint += " It looks like a dataset that tools/shard.py has written, which is no archive."
     return ArchiveMissingError(f"{root}: {'; '.join(problems)}. Files that fit nothing: {strays or 'none'}.{hint} {MEND}")
