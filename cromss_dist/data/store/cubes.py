@@ -290,7 +290,7 @@ def check_metadata(cube: Path) -> None:
 
 
 def _check(folder: Path, record_sha256: str | None) -> None:
-    if "://" in str(folder) or not (folder / CUBE).is_dir():
+    if not (folder / CUBE).is_dir():
         raise ShardError(f"{folder} holds no {CUBE}; give a local folder that tools/shard.py has written with --write cube.")
     problems = [f"{path} {what}" for path, what in file_problems(folder, read_record(folder, record_sha256))]
     if problems:

@@ -11,10 +11,12 @@ import xarray as xr
 import zarr
 
 from cromss_dist.data.sample import Sample, SampleSpec, ValueSpec
+from cromss_dist.data.store import cubes
 from cromss_dist.data.store.cube_layout import (
     Coordinate,
     coordinate_node,
     encode_coordinate,
+    encode_shard,
     from_seconds,
     json_bytes,
     to_seconds,
@@ -222,7 +224,14 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "surplus": ("is not in the record", lambda cube: (cube / "s1" / "c.9.0.0.0.0").write_bytes(b"x")),
     "metadata": ("is not the metadata", lambda cube: replace(cube / "label" / "zarr.json", b"[3,", b"[2,", b'"y"', b'"z"')),
     "folder": ("is missing", lambda cube: shutil.rmtree(cube / "lon")),
+    "dead link": ("is missing", lambda cube: relink(cube / "label" / "c.1.0.0.0", cube / "nowhere")),
+    "linked folder": ("is not in the record", lambda cube: (cube / "more").symlink_to(cube / "s1")),
 }
+
+
+def relink(path: Path, to: Path) -> None:
+    path.unlink()
+    path.symlink_to(to)
 
 
 def replace(path: Path, *texts: bytes) -> None:
@@ -251,6 +260,41 @@ def test_a_record_that_is_not_the_manifests_is_refused(folder: Path, template: t
     (folder / RECORD).unlink()
     with pytest.raises(ShardError, match="no commit record"):
         open_cube(folder)
+
+
+def test_a_record_of_another_version_is_refused(folder: Path) -> None:
+    replace(folder / RECORD, b'"schema_version":1', b'"schema_version":2')
+    with pytest.raises(ShardError, match="version 2"):
+        open_cube(folder)
+
+
+def test_metadata_that_no_cube_of_ours_has_is_refused_though_the_record_fits(folder: Path) -> None:
+    replace(folder / CUBE / "label" / "zarr.json", b'"zstd"', b'"bz2"')
+    files = [CubeFile(path, (folder / CUBE / path).stat().st_size, digest) for path, digest in contents(folder / CUBE).items()]
+    write_record(folder, files)
+    for opened in (lambda: open_cube(folder), lambda: CubeReader(folder / CUBE)):
+        with pytest.raises(ShardError, match=r"no cube of ours.*bz2"):
+            opened()
+
+
+def test_a_file_that_the_disk_changed_does_not_get_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path)[:-1] + b"?")
+    with pytest.raises(ShardError, match="read back is not what was written"):
+        create_cube(tmp_path / CUBE, spec_of(), 3, 3)
+    assert contents(tmp_path) == {}
+
+
+def test_a_shard_that_zarr_reads_otherwise_does_not_get_its_name(
+    tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_cube(tmp_path, source.spec, 3, 3)
+    before = contents(tmp_path)
+    monkeypatch.setattr(cubes, "encode_shard", lambda rows, *sizes: encode_shard([*rows[1:], rows[0]], *sizes))
+    with pytest.raises(ShardError, match=r"c\.0\.0.*read back is not what was written"):
+        write_rows(tmp_path, source.spec, 0, [source.read(key) for key in source.keys[:3]])
+    monkeypatch.undo()
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("place", ["http://example.org/cube", "empty"])

@@ -154,6 +154,25 @@ def test_the_fast_check_finds(dataset: Path, fault: str) -> None:
     assert any(what in problem.what for problem in problems), problems
 
 
+# Files whose loss is one problem: what hangs on them is passed over, not reported sample by sample, and the rest is read.
+LOST = {
+    # What is lost: samples that can still be compared with cube and with source.
+    "ledger.jsonl": (6, 6),
+    "shard-000002.json": (4, 4),
+    RECORD: (0, 6),
+    f"{CUBE}/location/c.0": (0, 6),
+    f"{CUBE}/label/c.1.0.0.0": (6, 6),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_a_lost_file_is_one_problem(dataset: Path, lost: str) -> None:
+    (dataset / lost).unlink()
+    report = verify(dataset, source=fake_source())
+    assert found(report) == [(lost, None, None, None)]
+    assert (report.counts["compared_with_cube"], report.counts["compared_with_source"]) == LOST[lost]
+
+
 def test_all_problems_are_listed_not_only_the_first(dataset: Path) -> None:
     for fault in ("no ledger", "no tar", "stale record", "surplus tar", "cut chunk", "surplus chunk"):
         FAST[fault][2](dataset)
