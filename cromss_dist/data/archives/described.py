@@ -57,10 +57,11 @@ class DescribedArchive:
         places: list[geotiff.Place] = []
         for modality, of_season in scenes.items():
             located = modality == self._located.modality
-            seasons = [self._read_scene(modality, key, scene, slots, notes, places if located else None) for scene in of_season]
-            for spec in self.spec.images:
-                if spec.modality == modality:
-                    arrays[spec.name] = np.stack([season[spec.name] for season in seasons])
+            specs = [spec for spec in self.spec.images if spec.modality == modality]
+            arrays |= {spec.name: np.empty(self.spec.shape(spec.name), np.uint8) for spec in specs}
+            for season, scene in enumerate(of_season):
+                bands = {spec: arrays[spec.name][season] for spec in specs}
+                self._read_scene(modality, key, scene, slots, notes, bands, places if located else None)
         for value in self.spec.values:
             of_season = scenes[self.description.values[value.name].scene_of]
             arrays[value.name] = np.stack([self._read_values(value, key, scene, slots, notes) for scene in of_season])
@@ -98,30 +99,31 @@ class DescribedArchive:
         return {name: ClassMap(files) for name, files in self.description.values.items()}
 
     def _read_scene(
-        self, modality: Modality, key: str, scene: Scene, slots: Slots, notes: set[str], places: list[geotiff.Place] | None
-    ) -> dict[str, Uint8Array]:
-        """The arrays of one modality in one season, shape (band, H / scale, W / scale) each; adds to `notes` and `places`."""
+        self,
+        modality: Modality,
+        key: str,
+        scene: Scene,
+        slots: Slots,
+        notes: set[str],
+        arrays: dict[ArraySpec, Uint8Array],
+        places: list[geotiff.Place] | None,
+    ) -> None:
+        """Fills the arrays of one modality in one season, shape (band, H / scale, W / scale); adds to `notes` and `places`."""
         has_offset = self._has_offset(modality, scene, slots, notes)
         files = self.description.images[modality]
         read: dict[str, tuple[geotiff.Raster, str, bytes]] = {}  # by name of the file's band; '' for all
-        arrays = {}
-        for spec in self.spec.images:
-            if spec.modality != modality:
-                continue
-            bands = np.empty(self.spec.shape(spec.name)[1:], np.uint8)
+        for spec, bands in arrays.items():
             for index, band in enumerate(spec.bands):
                 in_file = band if files.one_file_a_band else ""
                 if in_file not in read:
                     read = {in_file: self._decode(modality, key, scene, in_file, spec.scale, notes)}
                 raster, path, data = read[in_file]
                 if places is not None and spec == self._located and index == 0:
-                    places.append(geotiff.place(data, path))
+                    places.append(geotiff.place(data, path, places))
                 number = files.stored[band]
                 pixels = raster.pixels[0 if isinstance(number, str) else number - 1]
                 self._check_band(modality, pixels, raster.nodata, path, band)
                 bands[index] = self._normalisers[modality].to_uint8(pixels, band, has_offset)
-            arrays[spec.name] = bands
-        return arrays
 
     def _decode(
         self, modality: Modality, key: str, scene: Scene, band: str, scale: int, notes: set[str]

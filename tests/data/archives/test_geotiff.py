@@ -90,6 +90,19 @@ def test_floating_point_predictor_and_float64_are_those_of_gdal() -> None:
         assert np.array_equal(geotiff.decode(data, "a.tif", DTYPES, 1, None).pixels, gdal(data)[0])
 
 
+@pytest.mark.parametrize("endianness", ["LITTLE", "BIG"])
+def test_strips_that_lie_in_another_order_than_the_rows_are_those_of_gdal(endianness: str) -> None:
+    pixels = pixels_of("uint16", 1)
+    data, size = tif(pixels, blockysize=SIDE // 2, ENDIANNESS=endianness), pixels.nbytes // 2
+    first = len(data) - 2 * size  # GDAL writes the strips last
+    order = {"LITTLE": "<II", "BIG": ">II"}[endianness]
+    assert data.count(struct.pack(order, first, first + size)) == 1
+    swapped = data.replace(struct.pack(order, first, first + size), struct.pack(order, first + size, first))
+    found = geotiff.decode(swapped, "a.tif", DTYPES, 1, None).pixels
+    np.testing.assert_array_equal(found, gdal(swapped)[0])
+    np.testing.assert_array_equal(found, np.roll(pixels, SIDE // 2, axis=1))
+
+
 @pytest.mark.parametrize("archive", ["noldo_real_mini", "dw_real_mini"])
 def test_pixels_of_real_archives_are_those_of_gdal(archive: str) -> None:
     files = sorted((SHARED / archive).rglob("*.tif"))
@@ -193,6 +206,18 @@ def test_place_is_the_centre_in_degrees_with_crs_and_transform() -> None:
     assert found.transform == (10, 0, 500_000, 0, -10, 5_000_000)
     assert found.lon == pytest.approx(9.0, abs=0.01)  # the central meridian of zone 32
     assert found.lat == pytest.approx(45.15, abs=0.02)
+
+
+def test_gdal_is_asked_once_for_places_that_are_stated_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
+    here = {"crs": "EPSG:32632", "transform": grid}
+    others = [{**here, "transform": grid @ rasterio.Affine.translation(1, 0)}, {**here, "crs": "EPSG:32633"}]
+    known = [geotiff.place(tif(np.zeros((1, 100, 100), "uint8"), **here), "a.tif")]
+    for size, options in ((100, others[0]), (100, others[1]), (101, here)):  # an edge more moves the centre
+        data = tif(np.zeros((1, size, size), "uint8"), **options)
+        assert geotiff.place(data, "b.tif", known) == geotiff.place(data, "b.tif") != known[0]
+    monkeypatch.setattr(geotiff, "MemoryFile", None)
+    assert geotiff.place(tif(np.ones((1, 100, 100), "float32"), **here), "b.tif", known) is known[0]
 
 
 def test_what_lies_nowhere_or_off_the_earth_has_no_place() -> None:

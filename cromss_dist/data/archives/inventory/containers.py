@@ -1,7 +1,7 @@
 """Tars, compressed or not, whole or split, and zips: listed once, read by offset ever after, never extracted.
 
-A compressed tar cannot be sought. rapidgzip decompresses it on all cores, once, and keeps an index; with that a member is
-read in about a millisecond. Each member's CRC-32 is taken on the way, so that what is read later is what was listed.
+A compressed tar cannot be sought. rapidgzip decompresses it on all cores, once, and leaves an index of points to inflate
+from; readers need zlib only. Each member's CRC-32 is taken on the way, so that what is read later is what was listed.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import rapidgzip
 
+from cromss_dist.data.archives.inventory.gzip_points import GzipReader, append_table
 from cromss_dist.data.archives.inventory.tar import Cut, Damaged, Member, tar_members
 from cromss_dist.data.archives.inventory.zip import local_bytes, unzip, zip_members
 from cromss_dist.errors import InputChangedError, StorageError, UnreadableInputError
@@ -25,6 +26,11 @@ from cromss_dist.errors import InputChangedError, StorageError, UnreadableInputE
 # A gzip stream is given up once it has inflated to this many bytes, and to more than so many times its size.
 BOMB_BYTES = 2**29
 BOMB_RATIO = 200
+
+# Packed bytes between two points of an index, at most. To read a member, half of that is inflated in vain; each point holds
+# 2-7 KB of memory while the stream is listed, and then of disk. rapidgzip holds many chunks of that size, each inflated to up
+# to 20 times its size: smaller ones in small files bound what a bomb takes (460 MB at 8 threads).
+MAX_SPACING = int(os.environ.get("SPACING", 2**21))
 
 _KINDS = {"tar": "tar", "tar.gz": "tar.gz", "tgz": "tar.gz", "zip": "zip"}
 # s2c.tar.gz; s2c.tar.gz.partaa, .part-000, .aa, .000 as split(1) names them
@@ -126,11 +132,7 @@ class ContainerReader:
     def __init__(self, container: Container, root: Path, index: Path) -> None:
         self._container = container
         self._parts = _Parts(container, root)
-        self._gzip: _Gzip | None = None
-        if container.kind == "tar.gz":
-            self._gzip = _Gzip(self._parts, container.size, threads=1)
-            with _decoding():
-                self._gzip.file.import_index(str(index))
+        self._gzip = GzipReader(self._parts.pread, index) if container.kind == "tar.gz" else None
 
     def close(self) -> None:
         """Closes its files."""
@@ -149,9 +151,7 @@ class ContainerReader:
         if self._container.kind == "zip":
             data = unzip(self._parts.pread(offset, local_bytes(packed)), size, packed)
         elif self._gzip is not None:
-            with _decoding():
-                self._gzip.file.seek(offset)
-                data = self._gzip.file.read(size)
+            data = self._gzip.read(offset, size)
         else:
             data = self._parts.pread(offset, size)
         if len(data) != size:
@@ -250,15 +250,13 @@ class _Inflating(io.RawIOBase):
 
 
 class _Gzip:
-    """A gzip stream that can be sought. It must be closed before Python ends: rapidgzip's threads abort the process else."""
+    """A gzip stream inflated on all cores. It must be closed before Python ends: rapidgzip's threads abort the process else."""
 
-    def __init__(self, parts: _Parts, num_bytes: int, threads: int) -> None:
-        # rapidgzip holds many chunks, each inflated to up to 20 times its size, and 4 KB of index for each. Small chunks for
-        # small files bound what a bomb takes (460 MB at 8 threads); large ones for large files are three times as fast
-        # and keep the index of 500 GB at 300 MB, which every process that reads it holds.
-        chunk = min(max(num_bytes // 256, 2**18), 2**23)
+    def __init__(self, parts: _Parts, num_bytes: int) -> None:
+        threads = min(os.cpu_count() or 1, 8)
+        spacing = min(max(num_bytes // 256, 2**18), MAX_SPACING)
         with _decoding():
-            self.file = rapidgzip.RapidgzipFile(parts, parallelization=threads, chunk_size=chunk)
+            self.file = rapidgzip.RapidgzipFile(parts, parallelization=threads, chunk_size=spacing)
         self.close = weakref.finalize(self, self.file.close)
 
 
@@ -287,13 +285,17 @@ class _IndexFile(io.FileIO):
             except OSError as error:
                 self._failure = error
         super().close()
+        self.check()
+
+    def check(self) -> None:
+        """Raises StorageError, once, for the first write that failed."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise StorageError.of(OSError(failure.errno, failure.strerror, str(self._path))) from failure
 
 
 def _gzip_members(container: Container, parts: _Parts, index: Path, progress: Callable[[int], None] | None) -> Iterator[Member]:
-    gzip = _Gzip(parts, container.size, threads=min(os.cpu_count() or 1, 8))
+    gzip = _Gzip(parts, container.size)
     try:
         inflating = _Inflating(gzip.file, progress)
         stream = io.BufferedReader(inflating, 2**20)
@@ -310,8 +312,11 @@ def _gzip_members(container: Container, parts: _Parts, index: Path, progress: Ca
                 f"it inflates to {inflating.inflated} bytes and its last four bytes say {told} (modulo 2**32): it is cut, or "
                 "several gzip streams in one file, which must be packed again as one"
             )
-        with _decoding(), _IndexFile(index) as out:  # this reads to the end: not for a bomb
-            gzip.file.export_index(out, rapidgzip.IndexFormat.GZTOOL)  # the format that compresses its windows
+        with _IndexFile(index) as out:
+            with _decoding():  # this reads to the end: not for a bomb
+                gzip.file.export_index(out, rapidgzip.IndexFormat.GZTOOL)  # the format that compresses its windows
+            out.check()
+            append_table(cast(BinaryIO, out))
         if cut is not None:
             raise cut
     finally:
