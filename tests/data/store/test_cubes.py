@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import xarray as xr
@@ -186,6 +187,24 @@ def test_a_grown_cube_is_that_of_all_samples_and_a_linked_copy_keeps_its_own(fol
     assert (dataset.s1.isel(location=7) == 0).all()
 
 
+def test_a_cube_without_data_is_a_group_of_arrays_with_the_rows_it_was_made_for(tmp_path: Path) -> None:
+    spec = spec_of()
+    create_cube(tmp_path, spec, 4, PER_SHARD)
+    for num_rows in (4, 13):
+        grow_cube(tmp_path, spec, num_rows)
+        arrays = dict(zarr.open_group(tmp_path, mode="r").arrays())
+        assert {name: array.shape for name, array in arrays.items()} == {n: (num_rows, *spec.shape(n)) for n in spec.names}
+
+
+@pytest.mark.parametrize(("first_row", "num_samples"), [(1, 1), (0, PER_SHARD + 1)])
+def test_only_whole_shards_are_written(tmp_path: Path, first_row: int, num_samples: int) -> None:
+    create_cube(tmp_path, spec_of(), 7, PER_SHARD)
+    before = contents(tmp_path)
+    with pytest.raises(AssertionError, match="a shard of 3"):
+        write_rows(tmp_path, spec_of(), first_row, [None] * num_samples)
+    assert contents(tmp_path) == before
+
+
 def test_rows_come_back_as_they_were_given(folder: Path, source: FakeSource) -> None:
     expected = [Row("", None) if key == "0000002" else Row(key, source.read(key).metadata) for key in source.keys]
     assert list(read_rows(folder / CUBE)) == expected
@@ -254,9 +273,10 @@ def test_a_record_that_is_not_the_manifests_is_refused(folder: Path, template: t
     open_cube(folder, template[1])
     with pytest.raises(ShardError, match="not the record"):
         open_cube(folder, "0" * 64)
-    (folder / RECORD).write_bytes(b"{}")
-    with pytest.raises(ShardError, match="no record of a cube"):
-        open_cube(folder)
+    for strange in (b"{}", b"{", b"[]", b"[" * 100_000):
+        (folder / RECORD).write_bytes(strange)
+        with pytest.raises(ShardError, match="no record of a cube"):
+            open_cube(folder)
     (folder / RECORD).unlink()
     with pytest.raises(ShardError, match="no commit record"):
         open_cube(folder)
@@ -332,6 +352,33 @@ def damage_and_read(folder: Path, rng: np.random.Generator, kind: str) -> bool:
 def test_no_damaged_chunk_is_ever_read_as_pixels(folder: Path, kind: str, times: int) -> None:
     rng = np.random.default_rng(len(kind))
     assert [damage_and_read(folder, rng, kind) for _ in range(times)] == [True] * times
+
+
+def write_checked(path: Path, data: bytes) -> None:
+    """With a CRC-32C that fits: what a wrong writer, not a broken disk, would leave."""
+    path.write_bytes(data + google_crc32c.value(data).to_bytes(4, "little"))
+
+
+# Each makes zarr raise another kind of error.
+UNREADABLE: dict[str, Callable[[Path], object]] = {
+    "no group": lambda cube: (cube / "zarr.json").unlink(),
+    "no coordinate": lambda cube: (shutil.rmtree(cube / "lon"), create_cube(cube, spec_of(), 7, PER_SHARD)),
+    "changed coordinate": lambda cube: (cube / "lon" / "c.0").write_bytes(b"no coordinate"),
+    "checked coordinate": lambda cube: write_checked(cube / "lon" / "c.0", b"no coordinate"),
+}
+
+
+@pytest.mark.parametrize("damage", UNREADABLE)
+def test_a_reader_refuses_coordinates_that_cannot_be_read(folder: Path, damage: str) -> None:
+    UNREADABLE[damage](folder / CUBE)
+    with pytest.raises(ShardError, match="coordinates cannot be read"):
+        CubeReader(folder / CUBE)
+
+
+def test_opening_reads_no_pixel(folder: Path) -> None:
+    path = folder / CUBE / "s1" / "c.0.0.0.0.0"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert open_cube(folder).sizes["location"] == 7
 
 
 def test_a_reader_names_the_array_and_row_with_a_changed_byte(folder: Path, source: FakeSource) -> None:
