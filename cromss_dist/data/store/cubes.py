@@ -282,7 +282,7 @@ def check_metadata(cube: Path) -> None:
     Raises:
         ShardError: it has types, codecs or sizes that no cube of ours has.
     """
-    names = [path.relative_to(cube).as_posix() for path in cube.rglob("*") if path.name.startswith((".z", METADATA))]
+    names = [path.relative_to(cube).as_posix() for path in cube.rglob("*")]
     try:
         check_store(names, lambda name: (cube / name).read_bytes())
     except Rejected as error:

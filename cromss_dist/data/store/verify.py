@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cromss_dist.data.sample import Json, Rejected, Source, Uint8Array
-from cromss_dist.data.store.cube_layout import METADATA, SEASON_TEXTS, SEASON_TIMES, to_seconds
+from cromss_dist.data.store.cube_layout import SEASON_TEXTS, SEASON_TIMES, to_seconds
 from cromss_dist.data.store.cubes import CUBE, RECORD, CubeReader
 from cromss_dist.data.store.cubes import file_problems as cube_file_problems
 from cromss_dist.data.store.cubes import read_record as read_cube_record
@@ -195,8 +195,8 @@ class _Verifier:
                     if digest != file.sha256:
                         self.add(f"{CUBE}/{file.path}", f"has sha256 {digest}; its record states {file.sha256}")
             self.progress("cube", len(files), len(files))
-        needed = {file.path for file in files if file.path.endswith(METADATA) or file.path.split("/")[0] not in self.arrays}
-        if needed & set(wrong):  # without metadata and coordinates nobody knows which row is which sample
+        needed = {file.path for file in files if file.path.split("/")[0] not in self.arrays}
+        if needed & set(wrong):  # without the group's metadata and the coordinates nobody knows which row is which sample
             return
         try:
             self.reader = CubeReader(self.folder / CUBE)

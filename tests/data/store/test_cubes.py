@@ -354,9 +354,9 @@ def test_no_damaged_chunk_is_ever_read_as_pixels(folder: Path, kind: str, times:
     assert [damage_and_read(folder, rng, kind) for _ in range(times)] == [True] * times
 
 
-def write_checked(path: Path, data: bytes) -> None:
+def checked(data: bytes) -> bytes:
     """With a CRC-32C that fits: what a wrong writer, not a broken disk, would leave."""
-    path.write_bytes(data + google_crc32c.value(data).to_bytes(4, "little"))
+    return data + google_crc32c.value(data).to_bytes(4, "little")
 
 
 # Each makes zarr raise another kind of error.
@@ -364,7 +364,7 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
     "no group": lambda cube: (cube / "zarr.json").unlink(),
     "no coordinate": lambda cube: (shutil.rmtree(cube / "lon"), create_cube(cube, spec_of(), 7, PER_SHARD)),
     "changed coordinate": lambda cube: (cube / "lon" / "c.0").write_bytes(b"no coordinate"),
-    "checked coordinate": lambda cube: write_checked(cube / "lon" / "c.0", b"no coordinate"),
+    "checked coordinate": lambda cube: (cube / "lon" / "c.0").write_bytes(checked(b"no coordinate")),
 }
 
 
@@ -392,3 +392,9 @@ def test_a_reader_names_the_array_and_row_with_a_changed_byte(folder: Path, sour
         reader.read(3, "label")
     np.testing.assert_array_equal(reader.read(3, "label", season=1), source.read("0000003").arrays["label"][1])
     np.testing.assert_array_equal(reader.read(4, "label"), source.read("0000004").arrays["label"])
+    offset, size = np.frombuffer(flipped[-4 - 16 * 4 * PER_SHARD : -4], "<u8")[:2].tolist()
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(checked(bytes(size - 4)))
+    with pytest.raises(ShardError, match="label, row 3"):
+        reader.read(3, "label")
