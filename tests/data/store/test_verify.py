@@ -123,6 +123,7 @@ FAST: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "flipped coordinate": (CUBE, "coordinates cannot be read", lambda d: flip(d / CUBE / "lon" / "c.0", 10)),
     "other counts": ("ledger.jsonl", "has 6 samples", lambda d: change_manifest(d, lambda m: m.update(num_samples=5))),
     "other inputs": ("ledger.jsonl", "has 8 inputs", lambda d: change_manifest(d, lambda m: m["ledger"].update(inputs=9))),
+    "other rejects": ("ledger.jsonl", "has 8 inputs", lambda d: change_manifest(d, lambda m: m["ledger"].update(rejected=0))),
     "cube size": (RECORD, "lists 58 files", lambda d: change_manifest(d, lambda m: m["cube"].update(files=57))),
     "unnamed cube": (CUBE, "is surplus", lambda d: change_manifest(d, lambda m: m.update(cube=None))),
     "unnamed shard": ("shard-000003.json", "is surplus", lambda d: change_manifest(d, lambda m: m["shards"].pop())),
@@ -293,14 +294,30 @@ def test_an_array_under_the_header_of_another_shape_is_named(dataset: Path) -> N
     assert ("shard-000001.tar", "0000002", "s1", None) in found(report)
 
 
-def test_metadata_of_another_location_is_named(dataset: Path) -> None:
-    rewrite_member(
-        dataset, "json", lambda payload: payload.__setitem__(slice(None), payload.replace(b'"key":"0000002"', b'"key":"0000001"'))
-    )
+@pytest.mark.parametrize(
+    "change", [lambda old: old.replace(b'"key":"0000002"', b'"key":"0000001"'), lambda old: b"[]".ljust(len(old))]
+)
+def test_metadata_of_another_location_is_named(dataset: Path, change: Callable[[bytes], bytes]) -> None:
+    rewrite_member(dataset, "json", lambda payload: payload.__setitem__(slice(None), change(bytes(payload))))
     report = verify(dataset, deep=True)
     assert [(p.key, p.array, p.what) for p in report.problems] == [
         ("0000002", "json", "the metadata is of another location"),
     ]
+
+
+def test_an_array_of_another_size_is_named_and_not_read(dataset: Path) -> None:
+    offset, size = member(dataset, "shard-000001.tar", "0000002", "s1.npy")
+    change_record(dataset, 1, lambda r: r["samples"][0]["members"][1].update(size=size - 1))
+    problem = verify(dataset, deep=True).problems[0]
+    assert (problem.key, problem.array, problem.what) == (
+        "0000002", "s1", f"the record states {size - 1} bytes at {offset}",
+    )  # fmt: skip
+
+
+def test_the_cube_is_left_out_where_asked(dataset: Path) -> None:
+    shutil.rmtree(dataset / CUBE)
+    report = verify(dataset, deep=True, cube=False)
+    assert (report.problems, report.counts["cube_files"]) == ([], 0)
 
 
 def test_a_sample_whose_record_lacks_an_array_is_named(dataset: Path) -> None:
