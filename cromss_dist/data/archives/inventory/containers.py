@@ -30,7 +30,7 @@ BOMB_RATIO = 200
 # Packed bytes between two points of an index, at most. To read a member, half of that is inflated in vain; each point holds
 # 2-7 KB of memory while the stream is listed, and then of disk. rapidgzip holds many chunks of that size, each inflated to up
 # to 20 times its size: smaller ones in small files bound what a bomb takes (460 MB at 8 threads).
-MAX_SPACING = int(os.environ.get("SPACING", 2**21))
+MAX_SPACING = 2**21
 
 _KINDS = {"tar": "tar", "tar.gz": "tar.gz", "tgz": "tar.gz", "zip": "zip"}
 # s2c.tar.gz; s2c.tar.gz.partaa, .part-000, .aa, .000 as split(1) names them
