@@ -13,6 +13,7 @@ import pytest
 
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.sample import Json, Sample
+from cromss_dist.data.store import verify_tar
 from cromss_dist.data.store.cubes import CUBE, RECORD, CubeFile, write_record, write_rows
 from cromss_dist.data.store.index import open_shards
 from cromss_dist.data.store.shards import MANIFEST, canonical, manifest_entries, read_manifest, read_record, write_manifest
@@ -286,6 +287,17 @@ def test_what_is_no_tar_is_said_to_be_none(dataset: Path) -> None:
     assert any("is no tar that can be read" in what for what in whats)
 
 
+@pytest.mark.parametrize("error", [OSError("I/O error"), ValueError("no number")])
+def test_a_tar_that_tarfile_cannot_read_is_one_problem(dataset: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def failing(path: Path) -> list[tuple[str, int, int]]:
+        raise error
+
+    monkeypatch.setattr(verify_tar, "tar_listing", failing)
+    problems = verify(dataset, deep=True).problems
+    assert {problem.what for problem in problems} == {f"is no tar that can be read: {error}"}
+    assert len(problems) == 4
+
+
 def test_an_array_under_the_header_of_another_shape_is_named(dataset: Path) -> None:
     rewrite_member(
         dataset, "s1.npy", lambda payload: payload.__setitem__(slice(0, 128), payload[:128].replace(b"(4, 2,", b"(2, 4,"))
@@ -303,6 +315,21 @@ def test_metadata_of_another_location_is_named(dataset: Path, change: Callable[[
     assert [(p.key, p.array, p.what) for p in report.problems] == [
         ("0000002", "json", "the metadata is of another location"),
     ]
+
+
+def test_another_scene_than_that_of_cube_and_source_is_named(dataset: Path) -> None:
+    rewrite_member(
+        dataset, "json", lambda payload: payload.__setitem__(slice(None), payload.replace(b"S1A_0000002_0", b"S1B_0000002_0"))
+    )
+    assert [(p.file, p.key, p.what) for p in verify(dataset, source=fake_source()).problems] == [
+        (CUBE, "0000002", "place, times or scenes are not those of the shards"),
+        ("shard-000001.tar", "0000002", "place, times or scenes are not those of the source"),
+    ]
+
+
+def test_an_input_that_changed_since_is_named(dataset: Path) -> None:
+    changed = FakeSource(7, rejected={"0000003": "truncated"}, changed=("0000002",))
+    assert found(verify(dataset, source=changed)) == [("shard-000001.tar", "0000002", None, None)]
 
 
 def test_an_array_of_another_size_is_named_and_not_read(dataset: Path) -> None:
@@ -394,6 +421,27 @@ def test_a_sample_that_the_ledger_does_not_know_is_named(dataset: Path) -> None:
     change_manifest(dataset, lambda m: m["ledger"].update(sha256=digest, inputs=7, written=5))
     keys = [problem.key for problem in verify(dataset).problems]
     assert keys.count("0000005") == 2  # in the shards and in the cube
+
+
+def test_a_sample_that_is_there_twice_is_named(dataset: Path) -> None:
+    change_record(dataset, 2, lambda r: r["samples"][1].update(key="0000004"))
+    assert [(p.key, p.what) for p in verify(dataset).problems] == [
+        ("0000004", "the shards hold it 2 times"),
+        ("0000005", "is written by the ledger, and the shards do not hold it"),
+    ]
+
+
+def test_a_cube_alone_is_compared_with_the_source_and_without_one_is_not_decoded(dataset: Path) -> None:
+    for path in dataset.glob("shard-*"):
+        path.unlink()
+    change_manifest(dataset, lambda m: m.update(shards=[]))
+    calls: dict[str, tuple[int, int]] = {}
+    verify(dataset, deep=True, progress=lambda what, done, total: calls.update({what: (done, total)}))
+    assert calls == {"cube": (58, 58)}
+    (dataset / CUBE / "label" / "c.1.0.0.0").unlink()
+    report = verify(dataset, source=fake_source())
+    assert found(report) == [(f"{CUBE}/label/c.1.0.0.0", None, None, None)]
+    assert report.counts["compared_with_source"] == 6
 
 
 def test_samples_of_the_ledger_that_are_nowhere_are_named(dataset: Path) -> None:
