@@ -32,6 +32,8 @@ BOMB_RATIO = 200
 # to 20 times its size: smaller ones in small files bound what a bomb takes (460 MB at 8 threads).
 MAX_SPACING = 2**21
 
+_KEPT = 2  # version of listings and indexes: those of another one are not taken for these
+
 _KINDS = {"tar": "tar", "tar.gz": "tar.gz", "tgz": "tar.gz", "zip": "zip"}
 # s2c.tar.gz; s2c.tar.gz.partaa, .part-000, .aa, .000 as split(1) names them
 _NAME = re.compile(
@@ -64,7 +66,7 @@ class Container:
     @property
     def digest(self) -> str:
         """Names what is kept about it; another one once a part has another size or time."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{_KEPT} {self!r}".encode()).hexdigest()[:32]
 
 
 def container_name(name: str) -> tuple[str, str] | None:

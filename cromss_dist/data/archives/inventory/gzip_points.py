@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from cromss_dist.data.archives.inventory.tar import Damaged
 
 WINDOW = 2**15
@@ -28,6 +26,11 @@ _HEADER = struct.Struct(">16s2Q")  # magic, number of points, that again
 _POINT = struct.Struct(">2Q2I")  # byte inflated, first whole byte packed, bits before that, bytes of the window; the window
 _ROW = struct.Struct("<4Q")  # byte inflated, bit packed, where the window is in the index, its bytes there
 _COUNT = struct.Struct("<Q")
+
+# Deflate blocks without data, as bits (the first one lowest) and their number: with fixed codes 10, which is 2 modulo 8; and
+# with codes of their own 93, which is 5, so that one or none of these and some of those come to any number modulo 8.
+_EVEN = (0x2, 10)
+_ODD = (0x5AFFF90000000000901C004, 93)
 
 
 def append_table(index: BinaryIO) -> None:
@@ -65,7 +68,6 @@ class GzipReader:
         self._inflater: Any = None
         self._position = 0  # inflated so far
         self._next = 0  # byte of the stream to read next
-        self._shift = 0  # bits of that byte which are before it
         self._packed = b""  # read, and not inflated yet
 
     def read(self, offset: int, size: int) -> bytes:
@@ -93,15 +95,15 @@ class GzipReader:
 
     def _begin(self, point: int) -> None:
         self._position, bit, at, size = self._row(point)
-        self._next, self._shift = divmod(bit, 8)
-        self._packed = b""
+        self._next, shift = divmod(bit, 8)
+        self._packed = _led_in(self._more(1), shift) if shift else b""
         window = zlib.decompressobj().decompress(os.pread(self._index, size, at), WINDOW) if size else b""
         self._inflater = zlib.decompressobj(-zlib.MAX_WBITS, zdict=window)
 
     def _inflate(self, size: int) -> Iterator[bytes]:
         """The next `size` bytes in pieces, fewer where the stream ends."""
         while size and not self._inflater.eof:
-            packed = self._packed or self._aligned()
+            packed = self._packed or self._more(_PACKED)
             data = self._inflater.decompress(packed, min(size, _INFLATED))
             if not data and not packed:
                 return
@@ -110,12 +112,21 @@ class GzipReader:
             size -= len(data)
             yield data
 
-    def _aligned(self) -> bytes:
-        """More of the stream, shifted so that the point's first bit is the first of a byte, as zlib needs it."""
-        if self._shift == 0:
-            data = self._pread(self._next, _PACKED)
-            self._next += len(data)
-            return data
-        pairs = np.frombuffer(self._pread(self._next, _PACKED + 1), np.uint8)  # the last byte is read again as the first of more
-        self._next += max(len(pairs) - 1, 0)
-        return bytes((pairs[:-1] >> self._shift) | (pairs[1:] << (8 - self._shift)))
+    def _more(self, size: int) -> bytes:
+        data = self._pread(self._next, size)
+        self._next += len(data)
+        return data
+
+
+def _led_in(byte: bytes, shift: int) -> bytes:
+    """A byte without its lower `shift` bits, behind empty blocks that make it whole bytes again.
+
+    zlib begins at the first bit of a byte. To shift all that follows a point, instead, takes a tenth of the time of a read.
+    """
+    stream = length = 0
+    for block, bits in [_ODD] * (shift % 2) + [_EVEN] * 4:
+        if length % 8 != shift:
+            stream |= block << length
+            length += bits
+    stream |= (byte[0] >> shift << length) if byte else 0
+    return stream.to_bytes((length + 8 - shift) // 8, "little")
