@@ -10,6 +10,8 @@ import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import add
+from typing import Literal
 
 import imagecodecs
 import numpy as np
@@ -152,6 +154,7 @@ class _Directory:
         if order is None or version not in (42, 43):
             raise Rejected("unreadable", path, f"it begins with {data[:4]!r}, as no TIFF does")
         self._order, self._big = order, version == 43
+        self._integers: dict[int, tuple[int, ...]] = {}  # tags whose values were read
         self._tags = self._read_tags()
         self.header = self._check_header()
 
@@ -211,16 +214,16 @@ class _Directory:
             return None
         offsets, sizes = self._values(_STRIP_OFFSETS), self._values(_STRIP_BYTES)
         dtype = np.dtype(self._order + np.dtype(found.dtype).str[1:])
-        if sum(sizes) != found.height * found.width * dtype.itemsize or any(
-            offset + size != after for offset, size, after in zip(offsets, sizes, offsets[1:], strict=False)
-        ):
+        consecutive = tuple(map(add, offsets[:-1], sizes[:-1])) == offsets[1:]
+        if not consecutive or sum(sizes) != found.height * found.width * dtype.itemsize:
             return None
         pixels = np.frombuffer(self._data, dtype, found.height * found.width, offsets[0])
         return pixels.astype(found.dtype, copy=False).reshape(1, found.height, found.width)
 
     def _read_tags(self) -> dict[int, tuple[int, int, int]]:
         """Type, count and place of the value of each tag."""
-        width, entry = (8, struct.Struct(self._order + "HHQ8x")) if self._big else (4, struct.Struct(self._order + "HHI4x"))
+        width, entry = (8, struct.Struct(self._order + "HHQ8s")) if self._big else (4, struct.Struct(self._order + "HHI4s"))
+        endian: Literal["little", "big"] = "little" if self._order == "<" else "big"
         at = self._integer(8, 8) if self._big else self._integer(4, 4)
         counted = 8 if self._big else 2
         number = self._integer(at, counted)
@@ -229,10 +232,14 @@ class _Directory:
         at += counted
         directory = self._bytes(at, number * entry.size)
         tags: dict[int, tuple[int, int, int]] = {}
-        for index, (tag, kind, count) in enumerate(entry.iter_unpack(directory)):
-            value = at + index * entry.size + entry.size - width
-            size = _TAG_BYTES.get(kind, 1) * count
-            tags[tag] = (kind, count, value if size <= width else self._integer(value, width))
+        for index, (tag, kind, count, value) in enumerate(entry.iter_unpack(directory)):
+            size = _TAG_BYTES.get(kind, 1)
+            if size * count > width:
+                tags[tag] = (kind, count, int.from_bytes(value, endian))
+                continue
+            tags[tag] = (kind, count, at + index * entry.size + entry.size - width)
+            if count == 1 and kind in _INTEGERS:  # most tags; read at once, since that is most of the time a header takes
+                self._integers[tag] = (int.from_bytes(value[:size], endian),)
         return tags
 
     def _check_header(self) -> Header:
@@ -280,27 +287,32 @@ class _Directory:
             raise Rejected(
                 "unreadable", self._path, f"it has {len(offsets)} offsets and {len(sizes)} sizes of {segments} strips or tiles"
             )
-        for number, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-            if not (size > 0 and offset + size <= len(self._data)):
-                raise Rejected(
-                    "truncated",
-                    self._path,
-                    f"strip or tile {number} ends at byte {offset + size} of {len(self._data)}, or has no bytes",
-                )
+        ends = list(map(add, offsets, sizes))
+        if min(sizes) <= 0 or max(ends) > len(self._data):
+            raise Rejected(
+                "truncated", self._path, f"a strip or tile ends at byte {max(ends)} of {len(self._data)}, or has no bytes"
+            )
         if compression == 1:
-            last = found.height - (segments_down - 1) * rows if (segments_down := math.ceil(found.height / rows)) else 0
-            for number, size in enumerate(sizes):
-                is_last = _TILE_OFFSETS not in self._tags and number % segments_down == segments_down - 1
-                if size < (last if is_last else rows) * columns * itemsize:
-                    raise Rejected("truncated", self._path, f"strip or tile {number} has {size} bytes, too few for its pixels")
+            segments_down = math.ceil(found.height / rows)
+            last = found.height - (segments_down - 1) * rows if _TILE_OFFSETS not in self._tags else rows
+            lowest = sizes[segments_down - 1 :: segments_down]  # a last strip has the rows that are left
+            if min(lowest) < last * columns * itemsize or (
+                min(sizes) < rows * columns * itemsize
+                and any(size < rows * columns * itemsize for n, size in enumerate(sizes, 1) if n % segments_down)
+            ):
+                raise Rejected("truncated", self._path, f"a strip or tile has {min(sizes)} bytes, too few for its pixels")
 
     def _one(self, tag: int, default: int | None = None) -> int:
+        if (read := self._integers.get(tag)) is not None:
+            return read[0]
         values = self._values(tag, None if default is None else (default,))
         if not values:
             raise Rejected("unreadable", self._path, f"its tag {tag} has no value")
         return values[0]
 
     def _values(self, tag: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        if (read := self._integers.get(tag)) is not None:
+            return read
         if tag not in self._tags:
             if default is None:
                 raise Rejected("unreadable", self._path, f"it has no tag {tag}")
@@ -309,7 +321,8 @@ class _Directory:
         if kind not in _INTEGERS or count > MAX_SEGMENTS:
             raise Rejected("unreadable", self._path, f"its tag {tag} has {count} values of type {kind}")
         form = f"{self._order}{count}{_INTEGERS[kind]}"
-        return struct.unpack(form, self._bytes(at, struct.calcsize(form)))
+        self._integers[tag] = read = struct.unpack(form, self._bytes(at, _TAG_BYTES[kind] * count))
+        return read
 
     def _integer(self, at: int, size: int) -> int:
         return int.from_bytes(self._bytes(at, size), "little" if self._order == "<" else "big")

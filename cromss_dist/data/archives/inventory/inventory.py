@@ -242,7 +242,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
 
 def _read_file(root: Path, entry: Entry) -> bytes:
     try:
-        descriptor = os.open(root / entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(f"{root}/{entry.path}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise InputChangedError(changed(entry.path, "is gone")) from error
     try:
