@@ -27,9 +27,9 @@ from cromss_dist.errors import InputChangedError, StorageError, UnreadableInputE
 BOMB_BYTES = 2**29
 BOMB_RATIO = 200
 
-# Packed bytes between two points of an index, at most. To read a member, half of that is inflated in vain; each point holds
-# 2-7 KB of memory while the stream is listed, and then of disk. rapidgzip holds many chunks of that size, each inflated to up
-# to 20 times its size: smaller ones in small files bound what a bomb takes (460 MB at 8 threads).
+# Packed bytes between two points of an index, at most. To read a member out of order, half of that is inflated in vain; each
+# point takes 3-7 KB of memory while the stream is listed, and then of disk. rapidgzip holds many chunks of that size, each
+# inflated to up to 20 times its size: smaller ones in small files bound what a bomb takes (460 MB at 8 threads).
 MAX_SPACING = 2**21
 
 _KEPT = 2  # version of listings and indexes: those of another one are not taken for these

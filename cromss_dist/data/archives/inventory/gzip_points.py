@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from cromss_dist.data.archives.inventory.tar import Damaged
 
 WINDOW = 2**15
-_PACKED, _INFLATED = 2**15, 2**20  # bytes read, and inflated, at a time
+_PACKED, _INFLATED = 2**16, 2**16  # bytes read, and inflated, at a time
 
 _MAGIC = bytes(8) + b"gzipindx"
 _HEADER = struct.Struct(">16s2Q")  # magic, number of points, that again
