@@ -1,10 +1,9 @@
-"""What the inventory says of a file."""
+"""What the inventory says of a file; tuples, since there are millions of them."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """What a file is to an archive, by its path.
 
     Args:
@@ -23,8 +22,7 @@ class Match:
     band: str = ""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A file of an archive, as it was when the inventory was taken.
 
     Args:

@@ -7,9 +7,8 @@ import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from cromss_dist.data.archives.inventory.containers import Container, Part, assemble, container_name, members
 from cromss_dist.data.archives.inventory.tar import Cut, Damaged
@@ -23,8 +22,7 @@ FOLDER = 0  # the container number of files that lie in none
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A file of an archive, or what is in a file's place.
 
     Args:

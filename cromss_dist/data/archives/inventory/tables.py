@@ -56,7 +56,8 @@ def find_files(
         nonlocal num_files
         for found in founds:
             num_files += found.kind == "file"
-            refused.update([found.kind] if found.kind != "file" else [])
+            if found.kind != "file":
+                refused[found.kind] += 1
             known = match(found.path) if found.kind == "file" or found.kind in REFUSED else None
             if known is not None:
                 what = (known.key, known.role, known.scene, known.time, known.band, found.path)
@@ -96,7 +97,7 @@ def sum_up(connection: sqlite3.Connection) -> None:
         connection.execute(f"SELECT record FROM containers {used} ORDER BY number"),
         connection.execute("SELECT path, size, mtime_ns FROM files ORDER BY key, path"),
     ):
-        digest.update(json.dumps(row).encode())
+        digest.update(repr(row).encode())
     total = f"SELECT (SELECT TOTAL(size) FROM files WHERE container = {FOLDER}) + (SELECT TOTAL(size) FROM containers {used})"
     ((size_bytes,),) = connection.execute(total)
     facts = (("size_bytes", str(int(size_bytes))), ("fingerprint", digest.hexdigest()))

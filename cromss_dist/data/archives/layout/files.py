@@ -86,7 +86,7 @@ class ImageFiles:
     metadata: str | None = None
     offset: OffsetRule | None = None
 
-    @property
+    @cached_property
     def one_file_a_band(self) -> bool:
         """Whether the path names the band."""
         return "band" in pieces(self.path)
@@ -96,7 +96,7 @@ class ImageFiles:
         """Whether a file may hold more bands than those named."""
         return isinstance(self.bands, dict) and not self.one_file_a_band
 
-    @property
+    @cached_property
     def num_bands_in_file(self) -> int:
         """Bands a file holds, or holds at least where some are picked."""
         return max(number if isinstance(number, int) else 1 for number in self.stored.values())
