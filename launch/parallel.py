@@ -6,6 +6,7 @@ Layer 5. Ray's processes unpickle references to this module, so it imports nothi
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ def cluster(num_cpus: int, address: str | None = None, setup_hook: Callable[[], 
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off: Ray takes the loopback address as its node's
             }
         else:
-            require_token()
+            check_joinable(address)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         import ray  # Ray reads these when it is imported, so the import comes after
 
@@ -131,11 +132,18 @@ def token_path() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
 
 
-def require_token() -> None:
-    """Raises ConfigError unless a cluster is joined with a token that only this user can read."""
+def check_joinable(address: str) -> None:
+    """Raises ConfigError unless there is a token that only this user can read, and something answers at `address`."""
     path = token_path()
     if os.environ.get("RAY_AUTH_MODE") != "token" or not path.is_file() or path.stat().st_mode & 0o077:
         raise ConfigError(
             "A Ray cluster is joined only with a token, since whoever reaches it without one can run code on it: start it with "
             f"RAY_AUTH_MODE=token, set that here too, and give its token in a file that only you can read (chmod 600 {path})."
         )
+    host, _, port = address.rpartition(":")
+    try:  # Ray itself would try for minutes
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"Nobody answers at {address} ({error}). Give the address of a running Ray cluster, HOST:PORT, such as 10.0.0.1:6379."
+        ) from error

@@ -31,7 +31,7 @@ from cromss_dist.data.conversion.plan import locations_per_part
 from cromss_dist.data.conversion.workplace import claimed
 from cromss_dist.data.sample import Source
 from cromss_dist.errors import ConfigError, main_guard
-from launch.parallel import ray_runner, require_token
+from launch.parallel import check_joinable, ray_runner
 from tools.progress import Bars, Rate, finding_files
 
 
@@ -67,7 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.out.resolve().is_relative_to(options.archive.resolve()):
         raise ConfigError(f"OUT {options.out} lies in the archive {options.archive}, which is only read; choose another place.")
     if options.ray_address is not None:
-        require_token()
+        check_joinable(options.ray_address)
     return options
 
 
