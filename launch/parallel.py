@@ -11,9 +11,12 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cromss_dist.errors import ConfigError, WorkerError
+
+if TYPE_CHECKING:  # heavy, and Ray's processes need none of it
+    from cromss_dist.data.conversion.convert import Runner
 
 MAX_RETRIES = 2  # of a job whose process died
 JOBS_PER_WORKER = 2  # in flight, so that no worker waits for the driver
@@ -23,17 +26,8 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-class RayRunner(Protocol):
-    """Calls a function on every job and yields the results in any order; the first error ends it."""
-
-    def __call__(
-        self, function: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job]
-    ) -> Generator[Result, None, None]:
-        """Runs the jobs. `function` is importable, `shared` travels once."""
-
-
-def ray_runner(workers: int, address: str | None = None) -> RayRunner:
-    """A runner on Ray.
+def ray_runner(workers: int, address: str | None = None) -> "Runner":
+    """A runner on Ray: the function must be importable, and what the jobs share travels once.
 
     Args:
         workers: Jobs at a time.
