@@ -10,7 +10,8 @@ import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import add
+from itertools import cycle
+from operator import add, lt
 from typing import Literal
 
 import imagecodecs
@@ -293,13 +294,9 @@ class _Directory:
                 "truncated", self._path, f"a strip or tile ends at byte {max(ends)} of {len(self._data)}, or has no bytes"
             )
         if compression == 1:
-            segments_down = math.ceil(found.height / rows)
-            last = found.height - (segments_down - 1) * rows if _TILE_OFFSETS not in self._tags else rows
-            lowest = sizes[segments_down - 1 :: segments_down]  # a last strip has the rows that are left
-            if min(lowest) < last * columns * itemsize or (
-                min(sizes) < rows * columns * itemsize
-                and any(size < rows * columns * itemsize for n, size in enumerate(sizes, 1) if n % segments_down)
-            ):
+            full, down = rows * columns * itemsize, math.ceil(found.height / rows)
+            rest = full if _TILE_OFFSETS in self._tags else (found.height - (down - 1) * rows) * columns * itemsize
+            if any(map(lt, sizes, cycle([full] * (down - 1) + [rest]))):  # the last strip of a band has the rows that are left
                 raise Rejected("truncated", self._path, f"a strip or tile has {min(sizes)} bytes, too few for its pixels")
 
     def _one(self, tag: int, default: int | None = None) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import fft, ndimage
 
-from cromss_dist.data.sample import Json
+from cromss_dist.data.sample import Json, Uint8Array
 from cromss_dist.data.store.index import ShardIndex
 from cromss_dist.schema import IGNORE, LABEL_ARRAY, MODALITIES, Modality
 
@@ -30,7 +30,6 @@ SHIFT_SMOOTHING_PX = 2.0  # of the images before their gradient, and of the corr
 # Of 864 pairs of images that show different places, one in a hundred came above this.
 SHIFT_CONFIDENCE = 6.5
 
-Uint8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 

@@ -14,7 +14,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.sample import Json
+from cromss_dist.data.sample import Json, Uint8Array
 from cromss_dist.data.store.shards import (
     MANIFEST,
     Samples,
@@ -29,7 +29,6 @@ from cromss_dist.data.store.shards import (
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import LABEL_ARRAY, ArraySpec, Modality, Normalisation
 
-Uint8Array = npt.NDArray[np.uint8]
 NUM_NAMES_SHOWN = 5
 MAX_SEASONS = 1000
 
