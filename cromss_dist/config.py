@@ -6,6 +6,7 @@ Layer 1. YAML files in `configs/` state only what differs from the defaults here
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,25 +21,91 @@ def _require(ok: bool, key: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{key}={value!r} is not allowed; {allowed}.")
 
 
+def _absolute(location: str) -> str:
+    """A path that holds in every working directory; a URL does already."""
+    return location if "://" in location else str(Path(location).absolute())
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which locations and seasons are used; null takes all.
+
+    Args:
+        seasons: Seasons that training draws from.
+        region: West, south, east, north in degrees; a region across 180 degrees has west > east.
+        max_cloud_share: Largest share of cloudy pixels, in [0, 1]; needs `quality`, as the next two.
+        max_nodata_share: Largest share of pixels without a value, of either modality, in [0, 1].
+        max_shift_px: Largest shift of S1 against S2, px at 10 m; one that cannot be told counts as none.
+        quality: `quality.csv` of each dataset, in their order, written by `tools/report.py`.
+    """
+
+    seasons: tuple[int, ...] | None = None
+    region: tuple[float, float, float, float] | None = None
+    max_cloud_share: float | None = None
+    max_nodata_share: float | None = None
+    max_shift_px: float | None = None
+    quality: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReadingConfig:
+    """How samples get from files into batches; changes no sample and no order.
+
+    Args:
+        kind: What is read of a dataset that has both: 'shards' or 'cube'; 'auto' takes shards where there are some.
+        threads: Threads that read and check samples, of each rank or, with `workers`, of each worker process.
+        workers: Processes of each rank that read; 0 reads in the rank's own.
+        prefetch_batches: Micro batches read ahead on each rank, and by each worker process.
+        lookahead_batches: Micro batches whose remote shards are fetched ahead.
+        timeout_s: Seconds a batch may take to be read before the run ends with an error that says what hangs.
+        on_corrupt: A sample whose bytes do not match their checksum: 'stop' ends the run, 'replace' takes its neighbour
+            instead, on every machine the same one, and says so.
+        cache: Folder of this node for shards of remote datasets; null is `~/.cache/cromss_dist`.
+        cache_gib: Size that the cache is kept under, GiB.
+    """
+
+    kind: Literal["auto", "shards", "cube"] = "auto"
+    threads: int = 2
+    workers: int = 0
+    prefetch_batches: int = 2
+    lookahead_batches: int = 64
+    timeout_s: float = 600.0
+    on_corrupt: Literal["stop", "replace"] = "stop"
+    cache: str | None = None
+    cache_gib: float = 100.0
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "prefetch_batches"):
+            _require(getattr(self, name) >= 1, f"data.reading.{name}", getattr(self, name), "give at least 1")
+        for name in ("workers", "lookahead_batches"):
+            _require(getattr(self, name) >= 0, f"data.reading.{name}", getattr(self, name), "give 0 or more")
+        for name in ("timeout_s", "cache_gib"):
+            _require(getattr(self, name) > 0, f"data.reading.{name}", getattr(self, name), "give more than 0")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is read and how it is augmented.
 
     Args:
-        shards: Folder with `manifest.json`, written by `tools/shard.py`.
+        shards: Folder or URL with `manifest.json`, written by `tools/shard.py`; or several, each with its weight in the
+            mixture: `{ours: 0.7, s3://bucket/theirs: 0.3}`.
         s1_bands: Sentinel-1 bands by name, in the order the model sees them.
         s2_bands: Sentinel-2 bands by name, in the order the model sees them.
         crop_px: Side of the random training crop, px at 10 m.
         flip_p: Probability of a flip (horizontal, vertical or both, equally likely).
         rotate_p: Probability of a rotation.
         rotate_max_deg: Rotation angles are uniform in +- this, degrees.
-        val_fraction: Share of the locations held out for validation; at least one.
+        val_fraction: Share of the locations held out for validation; at least one of each dataset.
         val_seasons: Seasons of each held-out location that are scored.
-        reader_threads: Threads that read and check samples on each rank.
-        prefetch_batches: Batches read ahead on each rank.
+        window: Samples that are shuffled among themselves, at least; a larger one has more shards open at a time.
+        tail: What becomes of the samples behind an epoch's last full batch: 'carry' goes on into the next epoch inside the
+            batch, so that none is lost; 'drop' leaves them out, others each epoch; 'pad' fills the batch up with weight 0.
+        filter: Which locations and seasons are used.
+        reading: How samples get from files into batches.
     """
 
-    shards: str = "shards"
+    shards: dict[str, float] | str = "shards"
     s1_bands: tuple[str, ...] = S1_BANDS
     s2_bands: tuple[str, ...] = S2_BANDS
     crop_px: int = 256
@@ -47,8 +114,10 @@ class DataConfig:
     rotate_max_deg: float = 90.0
     val_fraction: float = 0.01
     val_seasons: tuple[int, ...] = (0, 1, 2, 3)
-    reader_threads: int = 2
-    prefetch_batches: int = 2
+    window: int = 2048
+    tail: Literal["carry", "drop", "pad"] = "carry"
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
 
     def __post_init__(self) -> None:
         check_bands("s1", self.s1_bands)
@@ -64,8 +133,20 @@ class DataConfig:
             and len(set(self.val_seasons)) == len(self.val_seasons)
         )
         _require(ok, "data.val_seasons", self.val_seasons, "give distinct seasons out of 0, 1, 2, 3")
-        _require(self.reader_threads >= 1, "data.reader_threads", self.reader_threads, "give at least 1")
-        _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "give at least 1")
+        _require(self.window >= 1, "data.window", self.window, "give at least 1 sample")
+        ok = bool(self.weights) and all(math.isfinite(weight) and weight > 0 for weight in self.weights.values())
+        _require(ok, "data.shards", self.shards, "give a folder or URL, or several with a positive weight each")
+        _require(
+            len(self.weights) == 1 or self.tail == "carry",
+            "data.tail",
+            self.tail,
+            "the datasets of a mixture have epochs of their own; set 'carry'",
+        )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The datasets and their weights in the mixture."""
+        return self.shards if isinstance(self.shards, dict) else {self.shards: 1.0}
 
 
 @dataclass(frozen=True)
@@ -312,7 +393,16 @@ class RunConfig:
 
     def with_absolute_paths(self) -> "RunConfig":
         """The same config with paths that hold in every worker, whatever its working directory."""
-        data = replace(self.data, shards=str(Path(self.data.shards).absolute()))
+        shards = self.data.shards
+        reading, filtered = self.data.reading, self.data.filter
+        data = replace(
+            self.data,
+            shards={_absolute(name): weight for name, weight in shards.items()}
+            if isinstance(shards, dict)
+            else _absolute(shards),
+            filter=replace(filtered, quality=tuple(_absolute(path) for path in filtered.quality)),
+            reading=replace(reading, cache=reading.cache and _absolute(reading.cache)),
+        )
         tracking, sqlite = self.tracking, "sqlite:///"
         if tracking.uri is not None and tracking.uri.startswith(sqlite):
             tracking = replace(tracking, uri=f"{sqlite}{Path(tracking.uri.removeprefix(sqlite)).absolute()}")

@@ -129,8 +129,8 @@ class Pretraining:
             micro_batch=self.plan.micro_batch,
             rank=self.world.rank,
             world_size=self.world.size,
-            threads=data.reader_threads,
-            prefetch=data.prefetch_batches,
+            threads=data.reading.threads,
+            prefetch=data.reading.prefetch_batches,
         )
 
     def _micro_step(self, batch: Batch, progress_epochs: float, meter: Meter) -> None:
@@ -182,8 +182,8 @@ class Pretraining:
             micro_batch=self.plan.micro_batch,
             rank=self.world.rank,
             world_size=self.world.size,
-            threads=data.reader_threads,
-            prefetch=data.prefetch_batches,
+            threads=data.reading.threads,
+            prefetch=data.reading.prefetch_batches,
         )
         with loader:
             for number, batch in enumerate(loader):
