@@ -27,7 +27,7 @@ Tail: TypeAlias = Literal["carry", "drop", "pad"]
 
 ORDER_VERSION = 2  # another number, another order: a run of one cannot go on with the other
 MAX_LANES = 64
-MIXTURE_PERIOD = 4096  # slots; weights are honoured to half a slot
+MIXTURE_PERIOD = 4096  # slots; weights are honoured to a slot
 
 
 class _Stream(IntEnum):
@@ -176,14 +176,13 @@ class _Mixture:
     """Deals the slots of a line to its datasets, evenly spread, in a period that repeats."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        if not all(np.isfinite(weight) and weight > 0 for weight in weights):
-            raise ConfigError(f"weights {list(weights)} are not allowed; give positive numbers.")
+        if not weights or not all(np.isfinite(weight) and weight > 0 for weight in weights):
+            raise ConfigError(f"weights {list(weights)} are not allowed; give at least one, positive numbers all.")
         exact = np.array(weights, np.float64) / sum(weights) * MIXTURE_PERIOD
-        shares = np.maximum(np.floor(exact), 1).astype(np.int64)
-        missing = MIXTURE_PERIOD - int(shares.sum())
-        if missing < 0 or len(weights) == 0:
+        if exact.min() < 1:
             raise ConfigError(f"weights {list(weights)} are too unequal; none may be below 1/{MIXTURE_PERIOD} of all.")
-        shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
+        shares = np.floor(exact).astype(np.int64)
+        shares[np.argsort(shares - exact, kind="stable")[: MIXTURE_PERIOD - int(shares.sum())]] += 1
         self.shares = tuple(int(share) for share in shares)
         due = np.concatenate([(np.arange(share) + 0.5) / share for share in self.shares])
         owner = np.repeat(np.arange(len(shares)), shares)
@@ -210,6 +209,7 @@ class _Line:
         while self.lanes < MAX_LANES and self.num_samples // (2 * self.lanes) >= window:
             self.lanes *= 2
         self._rows: dict[int, tuple[IntArray, IntArray]] = {}
+        self._windows: dict[int, tuple[tuple[int, int], npt.NDArray[np.int32]]] = {}
 
     def at(self, epochs: IntArray, places: IntArray) -> IntArray:
         """Sample at each place 0 .. num_samples - 1 of an epoch."""
@@ -223,8 +223,7 @@ class _Line:
         groups, member = np.unique(np.stack([epochs, lane, window, end - begin]), axis=1, return_inverse=True)
         for group, (epoch, of_lane, of_window, size) in enumerate(groups.T.tolist()):
             here = member.ravel() == group
-            shuffled = _permutation(size, self.seed, _Stream.WINDOW, self.source, epoch, of_lane, of_window)
-            inside[here] = shuffled[(lane_step - begin)[here]]
+            inside[here] = self._shuffled(epoch, of_lane, of_window, size)[(lane_step - begin)[here]]
         in_row = lane * shorter + np.minimum(lane, longer) + begin + inside
         samples = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
@@ -236,19 +235,22 @@ class _Line:
 
     def _row(self, epoch: int) -> tuple[IntArray, IntArray]:
         """The shards in the order of an epoch, and where each ends in the row of samples."""
-        if epoch not in self._rows:
+        row = self._rows.get(epoch)
+        if row is None:
             shards = np.argsort(hash64(self.seed, _Stream.SHARDS, self.source, epoch, np.arange(len(self.sizes))), kind="stable")
+            row = shards, np.cumsum(self.sizes[shards])
             # Two at most: a batch reaches from one epoch into the next. A new dict, since other threads read the old one.
-            last = {known: row for known, row in self._rows.items() if known == epoch - 1}
-            self._rows = {**last, epoch: (shards, np.cumsum(self.sizes[shards]))}
-        return self._rows[epoch]
+            self._rows = {**{known: other for known, other in self._rows.items() if known == epoch - 1}, epoch: row}
+        return row
 
-
-@lru_cache(maxsize=4 * MAX_LANES)
-def _permutation(size: int, *key: int) -> npt.NDArray[np.int32]:
-    order = np.argsort(hash64(*key, np.arange(size)), kind="stable").astype(np.int32)
-    order.setflags(write=False)
-    return order
+    def _shuffled(self, epoch: int, lane: int, window: int, size: int) -> npt.NDArray[np.int32]:
+        """The order inside a window. Each lane keeps the last: memory is lanes x window, however many datasets there are."""
+        of, shuffled = self._windows.get(lane, (None, None))
+        if shuffled is None or of != (epoch, window):
+            hashes = hash64(self.seed, _Stream.WINDOW, self.source, epoch, lane, window, np.arange(size))
+            shuffled = np.argsort(hashes, kind="stable").astype(np.int32)
+            self._windows[lane] = (epoch, window), shuffled
+        return shuffled
 
 
 @lru_cache(maxsize=4)
