@@ -110,7 +110,7 @@ def _look_up(ref: str, store: str) -> str:
 def _table(index: ShardIndex, summary: RunSummary, maps: dict[str, str], seconds: float) -> Table:
     table = Table(title="cromss_dist demo", show_header=False, title_justify="left")
     size_mib = sum(shard["size"] for shard in index.manifest["shards"]) / 2**20
-    table.add_row("shards", f"{len(index.shard_names)} ({len(index)} locations x 4 seasons, {size_mib:.0f} MiB)")
+    table.add_row("shards", f"{len(index.shard_sizes)} ({len(index)} locations x 4 seasons, {size_mib:.0f} MiB)")
     table.add_row(
         "trained on", f"{summary.samples} samples of {summary.num_train} locations, {summary.samples_per_s:.1f} samples/s"
     )

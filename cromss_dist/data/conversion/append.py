@@ -14,7 +14,9 @@ from cromss_dist.data.conversion.plan import Sinks
 from cromss_dist.data.conversion.statistics import Statistics
 from cromss_dist.data.sample import Json, SampleSpec
 from cromss_dist.data.store.cubes import CUBE, CubeFile, Row, read_record, read_rows
-from cromss_dist.data.store.shards import LEDGER, MANIFEST, ShardEntry, manifest_entries, read_manifest
+from cromss_dist.data.store.index_file import IndexTables
+from cromss_dist.data.store.shards import LEDGER, MANIFEST, ShardEntry, manifest_entries
+from cromss_dist.data.store.stored import read_stored
 from cromss_dist.errors import ConfigError, ShardError
 
 
@@ -25,19 +27,22 @@ class Base:
     Args:
         folder: Of it.
         manifest: Its content.
+        tables: Its index.
     """
 
     folder: Path
     manifest: Json
+    tables: IndexTables
 
     @classmethod
     def of(cls, folder: Path) -> "Base":
         """Opens a dataset.
 
         Raises:
-            ShardError: the folder is none, or its manifest is damaged.
+            ShardError: the folder is none, or its manifest or its index is damaged.
         """
-        return cls(folder, read_manifest(folder))
+        stored = read_stored(folder)
+        return cls(folder, stored.manifest, stored.tables)
 
     @property
     def num_parts(self) -> int:

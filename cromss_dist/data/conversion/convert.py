@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import numpy as np
+
 from cromss_dist.data.conversion.append import Base
 from cromss_dist.data.conversion.estimate import check_space
 from cromss_dist.data.conversion.ledger import Ledger, line_bytes
@@ -23,7 +25,8 @@ from cromss_dist.data.conversion.workplace import Workplace, claimed
 from cromss_dist.data.sample import Json, SampleSpec, Source
 from cromss_dist.data.staging import atomic_file
 from cromss_dist.data.store.cubes import CUBE, RECORD, CubeFile, Row, create_cube, finish_cube, grow_cube, write_record
-from cromss_dist.data.store.shards import FORMAT, LEDGER, SCHEMA_VERSION, canonical, read_manifest, write_manifest
+from cromss_dist.data.store.index_file import IndexTables, join, places_of, tar_tables, write_index
+from cromss_dist.data.store.shards import FORMAT, LEDGER, SCHEMA_VERSION, canonical, read_manifest, read_record, write_manifest
 from cromss_dist.failpoint import failpoint
 
 Shared = TypeVar("Shared")
@@ -218,6 +221,7 @@ class _Conversion:
         statistics = base.statistics(spec) if base else Statistics(spec)
         shards = base.shards if base else []
         rows = base.rows() if base and plan.has_cube else []
+        tables = [base.tables] if base else []
         files = {file.path: file for file in base.cube_files()} if base and plan.has_cube else {}
         keys_of: defaultdict[str, list[str]] = defaultdict(list)
         sha256 = hashlib.sha256()
@@ -239,11 +243,15 @@ class _Conversion:
                     tell(line)
                 statistics += part.statistics
                 shards += [part.shard] if part.shard else []
-                rows += [Row("", None) if row is None else Row(row["key"], row) for row in part.rows]
+                if any(part.rows):
+                    tables.append(self._index(plan, part))
+                if plan.has_cube:
+                    rows += [Row("", None) if row is None else Row(row["key"], row) for row in part.rows]
                 files |= {cube_file.path: cube_file for cube_file in part.cube}
         cube = self._finish_cube(spec, rows, files) if plan.has_cube else None
         cube_names = {f"{CUBE}/{path}" for path in files} | ({RECORD} if cube else set())
         _keep_only(result, {name for shard in shards for name in (shard.name, shard.record)} | cube_names | {LEDGER})
+        index = write_index(result, join(tables))
         asides = Counter(self.source.asides)
         if base:
             asides.update(base.manifest["ledger"]["asides"])
@@ -264,9 +272,24 @@ class _Conversion:
                 "parts": {"count": plan.parts.stop, "locations_per_part": plan.per_part},
                 "shards": [shard.to_json() for shard in shards],
                 "cube": cube,
+                "index": index,
             },
         )
         return read_manifest(result)
+
+    def _index(self, plan: Plan, part: Part) -> IndexTables:
+        """Of a part that has samples."""
+        spec = self.source.spec
+        written = [row for row in part.rows if row is not None]
+        first_row = part.number * plan.per_part
+        cube_rows = [first_row + i for i, row in enumerate(part.rows) if row is not None]
+        return IndexTables(
+            locations=tuple(row["key"] for row in written),
+            shard_sizes=np.array([len(written)], np.int64),
+            places=places_of(written, spec.num_seasons),
+            tars=tar_tables(spec.arrays(), read_record(self.work.result, part.shard)) if part.shard else None,
+            cube_rows=np.array(cube_rows, np.int64) if plan.has_cube else None,
+        )
 
     def _finish_cube(self, spec: SampleSpec, rows: Sequence[Row], files: dict[str, CubeFile]) -> Json:
         """Coordinates, metadata and record; adds the files it writes to `files`."""

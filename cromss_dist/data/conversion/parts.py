@@ -47,7 +47,7 @@ class Part:
         number: Of the part.
         shard: Its tar, if it has one.
         lines: Of the ledger, in the order of the keys.
-        rows: A cube's: key and metadata of each location; null where none was written.
+        rows: Metadata of each location; null where none was written.
         cube: Files of the cube that it wrote.
         statistics: Of its samples.
     """
@@ -74,6 +74,7 @@ def write_part(assignment: Assignment, number: int) -> list[Line]:
     place: Json = {"shard": name} if plan.has_shards else {}
     lines: list[Line] = []
     samples: list[Sample | None] = []  # of the cube; a tar is written as they come
+    rows: list[Json | None] = []
     statistics = Statistics(source.spec)
     ledger = Ledger(plan.content["num_inputs"], assignment.max_reject_fraction)
 
@@ -88,6 +89,7 @@ def write_part(assignment: Assignment, number: int) -> list[Line]:
             sample, checksums, line = _read(assignment, key, place)
             if plan.has_cube:
                 samples.append(sample)
+            rows.append(None if sample is None else dict(sample.metadata))
             tell(line)
             if sample is not None:
                 statistics.add(sample)
@@ -104,7 +106,6 @@ def write_part(assignment: Assignment, number: int) -> list[Line]:
             pass
     if plan.has_cube:
         cube = write_rows(work.result / CUBE, source.spec, number * plan.per_part, samples)
-    rows = [None if sample is None else dict(sample.metadata) for sample in samples]
     failpoint("before_record")
     _commit(assignment, Part(number, shard, lines, rows, cube, statistics))
     failpoint("after_record")

@@ -94,7 +94,7 @@ def check_new(out: Path) -> None:
 _index: ShardIndex | None = None  # of a worker process: opened once, not for each shard
 
 
-def _open(folder: Path) -> None:
+def _open(folder: str) -> None:
     global _index
     _index = open_shards(folder)
 
@@ -108,7 +108,7 @@ def _run(index: ShardIndex, sample_ids: Sequence[int], workers: int) -> Iterator
     if workers == 1:
         yield from (measure_location(index, sample_id) for sample_id in sample_ids)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _open, (index.folder,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _open, (index.origin,)) as pool:
         yield from pool.map(_measure_here, sample_ids, chunksize=8)
 
 
@@ -118,7 +118,7 @@ def _page(index: ShardIndex, locations: Sequence[Sequence[Quality]], num_shown: 
     confident = [row.shift_px for row in rows if row.shift_px is not None]
     measured = f"all {len(index):,}" if len(locations) == len(index) else f"{len(locations):,} of {len(index):,}, drawn by seed,"
     lines = [
-        f"# {index.folder.name}",
+        f"# {Path(index.origin).name}",
         "",
         f"{len(index):,} locations x {len(locations[0])} seasons, patches of {index.patch_px} px at 10 m.",
         f"Digest `{index.digest}`.",

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import google_crc32c
@@ -22,14 +21,13 @@ import rasterio.crs
 import rasterio.errors
 
 from cromss_dist.data.sample import Json, SampleSpec, Uint8Array
+from cromss_dist.data.store.times import NO_TIME, to_seconds
 from cromss_dist.schema import IGNORE
 
 METADATA = "zarr.json"
 ZSTD_LEVEL = 3
 COORDINATE_ROWS = 16384  # of a chunk of a coordinate: 3 MiB of the widest one
 NO_CHUNK = 2**64 - 1  # in the index of a shard, by the specification
-NO_TIME = np.iinfo(np.int64).min
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 TIME_UNITS = "seconds since 1970-01-01 00:00:00"
 SEASON_TEXTS = ("s1_scene", "s2_scene", "crs")
 SEASON_TIMES = ("s1_time", "s2_time")
@@ -204,19 +202,6 @@ def common_crs(rows: Sequence[Row]) -> str | None:
     """The CRS of all samples, None where they differ or say nothing."""
     known = {season.get("crs") for row in rows if row.metadata for season in row.metadata["seasons"]}
     return known.pop() if len(known) == 1 else None
-
-
-def to_seconds(time: str | None) -> int:
-    """YYYYMMDDTHHMMSS or YYYYMMDD (UTC) as seconds since 1970, NO_TIME for none."""
-    if time is None:
-        return int(NO_TIME)
-    form = "%Y%m%dT%H%M%S" if "T" in time else "%Y%m%d"
-    return (datetime.strptime(time, form).replace(tzinfo=UTC) - EPOCH) // timedelta(seconds=1)
-
-
-def from_seconds(seconds: int) -> str | None:
-    """Inverse of `to_seconds`, to YYYYMMDDTHHMMSS."""
-    return None if seconds == NO_TIME else (EPOCH + timedelta(seconds=seconds)).strftime("%Y%m%dT%H%M%S")
 
 
 def _node(

@@ -32,11 +32,11 @@ from cromss_dist.data.store.cube_layout import (
     coordinates,
     encode_coordinate,
     encode_shard,
-    from_seconds,
     json_bytes,
     pixel_node,
     root_node,
 )
+from cromss_dist.data.store.times import from_seconds
 from cromss_dist.data.zarr_metadata import check_store
 from cromss_dist.errors import ShardError
 

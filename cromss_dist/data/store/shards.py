@@ -26,7 +26,7 @@ from cromss_dist.errors import ShardError
 from cromss_dist.failpoint import failpoint
 
 FORMAT = "cromss-shards"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 LEDGER = "ledger.jsonl"
 BLOCK_BYTES = 512  # a tar pads headers and payloads to this
@@ -159,36 +159,41 @@ def write_manifest(folder: Path, content: Json) -> str:
 
 
 def read_manifest(folder: Path) -> Json:
-    """Reads the manifest and checks that it is ours, whole and of a version we know.
+    """The manifest of a folder; see `parse_manifest`."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ShardError(f"{folder} has no {MANIFEST}; give a folder that tools/shard.py has written.")
+    return parse_manifest(str(path), path.read_bytes())
+
+
+def parse_manifest(where: str, data: bytes) -> Json:
+    """The manifest in `data`, after checking that it is ours, whole and of a version we know.
 
     Raises:
         ShardError: it is not.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ShardError(f"{folder} has no {MANIFEST}; give a folder that tools/shard.py has written.")
-    manifest = parse_object(path, path.read_bytes())
+    manifest = parse_object(where, data)
     if manifest.get("format") != FORMAT or manifest.get("schema_version") != SCHEMA_VERSION:
         raise ShardError(
-            f"{path} is format {manifest.get('format')!r} version {manifest.get('schema_version')!r}; this code reads {FORMAT!r} "
-            f"version {SCHEMA_VERSION}. Shard the archive again with this version."
+            f"{where} is format {manifest.get('format')!r} version {manifest.get('schema_version')!r}; this code reads "
+            f"{FORMAT!r} version {SCHEMA_VERSION}. Shard the archive again with this version."
         )
     content = {name: value for name, value in manifest.items() if name != "digest"}
     found = hashlib.sha256(canonical(content)).hexdigest()
     if found != manifest.get("digest"):
         raise ShardError(
-            f"{path} is damaged or was edited: its digest is {found}, it states {manifest.get('digest')}. Restore it."
+            f"{where} is damaged or was edited: its digest is {found}, it states {manifest.get('digest')}. Restore it."
         )
     return manifest
 
 
-def manifest_entries(folder: Path, manifest: Json) -> list[ShardEntry]:
+def manifest_entries(origin: str | Path, manifest: Json) -> list[ShardEntry]:
     """The manifest's shards, their names checked to be plain file names inside the folder."""
     entries = [ShardEntry(**entry) for entry in manifest["shards"]]
     for entry in entries:
         if not re.fullmatch(r"[A-Za-z0-9_-]+\.tar", entry.name):
             raise ShardError(
-                f"{folder / MANIFEST} names the shard {entry.name!r}; allowed are plain names such as shard-000000.tar."
+                f"{origin}/{MANIFEST} names the shard {entry.name!r}; allowed are plain names such as shard-000000.tar."
             )
     return entries
 
@@ -211,18 +216,18 @@ def read_record(folder: Path, entry: ShardEntry) -> Samples:
     ]
 
 
-def file_problems(folder: Path, entries: Sequence[ShardEntry], records: Mapping[str, Samples]) -> Iterator[tuple[str, str, str]]:
+def file_problems(folder: Path, entries: Sequence[ShardEntry], first_keys: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     """What is wrong with the tars of a dataset by names, sizes and the first header of each; pixels are not read.
 
     Args:
         folder: Of the dataset.
         entries: The manifest's.
-        records: Of the tars, by name, those that can be believed.
+        first_keys: Of the tars, by name, the key of the first sample, where it can be believed.
 
     Yields:
         A kind ('missing', 'of another size', 'swapped', 'damaged at the beginning', 'surplus'), a file name, and what was found.
     """
-    first = {_first_member(record): name for name, record in records.items() if record}
+    first = {_first_member(key): name for name, key in first_keys.items()}
     for entry in entries:
         path = folder / entry.name
         if not path.is_file():
@@ -230,11 +235,11 @@ def file_problems(folder: Path, entries: Sequence[ShardEntry], records: Mapping[
             continue
         if (size := path.stat().st_size) != entry.size:
             yield "of another size", entry.name, f"has {size} bytes; {MANIFEST} states {entry.size}"
-        record, begins = records.get(entry.name), _begins_with(path)
-        if record and begins != _first_member(record):
+        begins = _begins_with(path)
+        if entry.name in first_keys and begins != (begin := _first_member(first_keys[entry.name])):
             where = f"; so should {first[begins]}, the files may have changed places" if begins in first else ""
             kind = "swapped" if begins in first else "damaged at the beginning"
-            yield kind, entry.name, f"begins with member {begins!r}, its record with {_first_member(record)!r}{where}"
+            yield kind, entry.name, f"begins with member {begins!r}, its record with {begin!r}{where}"
     named = {name for entry in entries for name in (entry.name, entry.record)}
     for path in sorted(folder.iterdir()):
         ours = path.suffix in (".tar", ".tmp") or (path.suffix == ".json" and path.name.startswith("shard-"))
@@ -305,10 +310,9 @@ def _write_member(
     return Member(name, offset, info.size, google_crc32c.extend(google_crc32c.value(data), pixels), seasons)
 
 
-def _first_member(record: Samples) -> str:
-    """The name with which a tar begins, by its record."""
-    key, members = record[0]
-    return f"{member_key(key)}.{members[0].name}"
+def _first_member(key: str) -> str:
+    """The name with which the tar begins whose first sample has this key."""
+    return f"{member_key(key)}.json"
 
 
 def _begins_with(tar: Path) -> str:
@@ -325,7 +329,7 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def parse_object(path: Path, data: bytes) -> Json:
+def parse_object(path: str | Path, data: bytes) -> Json:
     """The JSON object that a file, or a member of it, holds. Raises ShardError where it holds none."""
     try:
         content = json.loads(data)

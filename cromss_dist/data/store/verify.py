@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cromss_dist.data.sample import Json, Rejected, Source, Uint8Array
-from cromss_dist.data.store.cube_layout import SEASON_TEXTS, SEASON_TIMES, to_seconds
+from cromss_dist.data.store.cube_layout import SEASON_TEXTS, SEASON_TIMES
 from cromss_dist.data.store.cubes import CUBE, RECORD, CubeReader
 from cromss_dist.data.store.cubes import file_problems as cube_file_problems
 from cromss_dist.data.store.cubes import read_record as read_cube_record
@@ -31,6 +31,7 @@ from cromss_dist.data.store.shards import (
     read_manifest,
     read_record,
 )
+from cromss_dist.data.store.times import to_seconds
 from cromss_dist.data.store.verify_tar import Problem, check_tar
 from cromss_dist.errors import InputChangedError, ShardError
 
@@ -162,7 +163,8 @@ class _Verifier:
             else:
                 if len(records[entry.name]) != entry.samples:
                     self.add(entry.record, f"lists {len(records[entry.name])} samples, not {entry.samples}")
-        for _, name, what in file_problems(self.folder, entries, records):
+        first_keys = {name: record[0][0] for name, record in records.items() if record}
+        for _, name, what in file_problems(self.folder, entries, first_keys):
             self.add(name, what)
         if self.manifest["cube"] is None:
             for name in (CUBE, RECORD):

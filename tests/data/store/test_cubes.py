@@ -18,9 +18,7 @@ from cromss_dist.data.store.cube_layout import (
     coordinate_node,
     encode_coordinate,
     encode_shard,
-    from_seconds,
     json_bytes,
-    to_seconds,
 )
 from cromss_dist.data.store.cubes import (
     CUBE,
@@ -36,6 +34,7 @@ from cromss_dist.data.store.cubes import (
     write_record,
     write_rows,
 )
+from cromss_dist.data.store.times import from_seconds, to_seconds
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import ArraySpec, Modality, Normalisation
 from tests.data.fake_source import FakeSource, spec_of

@@ -60,7 +60,7 @@ def test_every_flipped_byte_of_pixels_is_an_error_that_names_shard_key_and_membe
         size = int(np.prod(index.manifest["arrays"][name]["shape"]))
         for place in [0, size - 1, *rng.integers(0, size, 10)]:
             bad = bytearray(good)
-            bad[index.offsets[1, array] + place] ^= 1 << rng.integers(8)
+            bad[index.tables.tars.offsets[1, array] + place] ^= 1 << rng.integers(8)
             path.write_bytes(bad)
             season = int(place) // (size // 4)
             with pytest.raises(ShardError, match=f"shard-000000.tar: sample {KEYS[1]}, member {name}.npy, season {season}"):
