@@ -127,6 +127,12 @@ class TrainingError(CromssError):
     exit_code = 70
 
 
+class LoaderError(CromssError):
+    """A process or thread that reads samples died, or gave no batch in the time allowed."""
+
+    exit_code = 72
+
+
 def main_guard(main: Callable[[], int | None]) -> int:
     """Runs a command's `main`, turning a CromssError or an OSError into one paragraph on stderr and its exit code.
 

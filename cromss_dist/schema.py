@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -177,6 +177,19 @@ class Batch:
     images: dict[str, Tensor]  # array name -> uint8 (B, band, H / scale, W / scale)
     labels: Tensor  # uint8 (B, S, H, W): noisy labels, 255 = ignore
     reference: Tensor | None  # uint8 (B, H, W): reference label of the drawn season, 255 = ignore
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, which a GPU can copy from while it computes; `DataLoader` calls this."""
+        return replace(
+            self,
+            sample_ids=self.sample_ids.pin_memory(),
+            epochs=self.epochs.pin_memory(),
+            seasons=self.seasons.pin_memory(),
+            weights=self.weights.pin_memory(),
+            images={name: values.pin_memory() for name, values in self.images.items()},
+            labels=self.labels.pin_memory(),
+            reference=None if self.reference is None else self.reference.pin_memory(),
+        )
 
 
 @dataclass(frozen=True)
