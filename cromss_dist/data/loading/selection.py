@@ -6,6 +6,7 @@ N locations of S seasons in the dataset, L of them selected.
 
 import csv
 import hashlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -194,13 +195,12 @@ def _read_rows(path: Path, rows: Iterator[list[str]], dataset: Dataset) -> tuple
     key, season = header.index("key"), header.index("season")
     columns = [header.index(name) for name in MEASURES]
     id_of = {location: i for i, location in enumerate(dataset.locations)}
-    places: list[int] = []
-    values: list[list[float]] = []
+    places, values = array("q"), array("d")  # a million rows of Python lists would keep the garbage collector busy
     for line, row in enumerate(rows, 2):
         try:
             known = id_of.get(row[key])
             place = int(row[season])
-            values.append([float(row[i] or "nan") for i in columns])
+            values.extend([float(row[i] or "nan") for i in columns])
         except (ValueError, IndexError) as error:
             raise ConfigError(f"{path}, line {line}, is malformed ({error}); write it again by tools/report.py.") from error
         if known is None or not 0 <= place < dataset.num_seasons:
@@ -209,4 +209,4 @@ def _read_rows(path: Path, rows: Iterator[list[str]], dataset: Dataset) -> tuple
                 f"{dataset.num_seasons} seasons; give the quality.csv that tools/report.py wrote of this dataset."
             )
         places.append(known * dataset.num_seasons + place)
-    return np.array(places, np.int64), np.array(values, float).reshape(-1, len(MEASURES))
+    return np.frombuffer(places, np.int64), np.frombuffer(values).reshape(-1, len(MEASURES))
