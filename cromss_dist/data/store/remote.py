@@ -16,13 +16,15 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
 import fsspec  # type: ignore[import-untyped]
 
 from cromss_dist.errors import ConfigError, DownloadError
+
+if TYPE_CHECKING:
+    import aiohttp
 
 PACKAGES = {
     "http": "aiohttp",
@@ -183,7 +185,9 @@ class Remote:
                 try:
                     block = blocks.get(timeout=min(self.patience.stall_s, left_s))
                 except queue.Empty:
-                    raise _Failure(f"nothing came for {min(self.patience.stall_s, left_s):.3g} s") from None
+                    if left_s <= self.patience.stall_s:
+                        continue  # to the deadline
+                    raise _Failure(f"nothing came for {self.patience.stall_s:g} s") from None
                 if isinstance(block, Exception):
                     raise _Failure.of(block)
                 if not block:
@@ -259,22 +263,27 @@ def _checked(url: str) -> str:
 @lru_cache(maxsize=64)
 def _file_system(protocol: str, stall_s: float, process: int) -> fsspec.AbstractFileSystem:
     """What speaks a protocol, one for all threads of a process."""
-    options: dict[str, Any] = {}
-    if protocol in ("http", "https"):
-        redirects = aiohttp.TraceConfig()
-        redirects.on_request_redirect.append(refuse_downgrade)
-        # trust_env: proxies and ~/.netrc. Its own total of 300 s would end large files.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s)
-        options["client_kwargs"] = {"trust_env": True, "timeout": timeout, "trace_configs": [redirects]}
     try:
+        options = {"client_kwargs": _http_options(stall_s)} if protocol in ("http", "https") else {}
         return fsspec.filesystem(protocol, skip_instance_cache=True, **options)
     except ImportError as error:
         package = PACKAGES[protocol]
         raise ConfigError(f"{protocol}:// needs the package {package}: pip install {package}.") from error
 
 
+def _http_options(stall_s: float) -> dict[str, Any]:
+    """Of aiohttp's ClientSession."""
+    import aiohttp  # takes as long as the rest of opening a dataset, and only URLs of this kind need it
+
+    redirects = aiohttp.TraceConfig()
+    redirects.on_request_redirect.append(refuse_downgrade)
+    # trust_env: proxies and ~/.netrc. Its own total of 300 s would end large files.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s)
+    return {"trust_env": True, "timeout": timeout, "trace_configs": [redirects]}
+
+
 async def refuse_downgrade(
-    session: aiohttp.ClientSession, context: SimpleNamespace, params: aiohttp.TraceRequestRedirectParams
+    session: "aiohttp.ClientSession", context: SimpleNamespace, params: "aiohttp.TraceRequestRedirectParams"
 ) -> None:
     """Ends a request that a server sends on from https to http: what has no checksum, the manifest, could be changed there."""
     if params.url.scheme == "https" and params.response.headers.get("Location", "").startswith("http:"):

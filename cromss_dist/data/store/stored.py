@@ -19,8 +19,9 @@ from cromss_dist.schema import LABEL_ARRAY, ArraySpec, Modality, Normalisation
 MAX_MANIFEST_BYTES = 2**30
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
 
-# Called with a file's name and the most bytes it may have; returns all of it, or raises what says why it cannot.
-ReadFile: TypeAlias = Callable[[str, int], bytes]
+# Called with a file's name, the most bytes it may have and, of all but the manifest, its sha256, which need not be checked;
+# returns all of it, or raises what says why it cannot.
+ReadFile: TypeAlias = Callable[[str, int, str | None], bytes]
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,11 @@ class StoredDataset:
         Raises:
             ShardError: they are missing, damaged, malformed or do not belong together.
         """
-        manifest = parse_manifest(f"{origin}/{MANIFEST}", read(MANIFEST, MAX_MANIFEST_BYTES))
+        manifest = parse_manifest(f"{origin}/{MANIFEST}", read(MANIFEST, MAX_MANIFEST_BYTES, None))
         try:
             entries = manifest_entries(origin, manifest)
-            tables = parse_index(f"{origin}/{INDEX}", read(INDEX, int(manifest["index"]["size"])), manifest, entries)
+            index = read(INDEX, int(manifest["index"]["size"]), manifest["index"]["sha256"])
+            tables = parse_index(f"{origin}/{INDEX}", index, manifest, entries)
         except MALFORMED as error:  # digests hold, yet the content is not ours
             raise ShardError(f"{origin}: manifest or index is malformed: {error!r}. Shard the archive again.") from error
         return cls(origin, manifest, tables)
@@ -144,7 +146,7 @@ def read_stored(folder: Path) -> StoredDataset:
         ShardError: see `StoredDataset.parse`.
     """
 
-    def read(name: str, limit: int) -> bytes:
+    def read(name: str, limit: int, sha256: str | None) -> bytes:
         path = folder / name
         if not path.is_file():
             what = "give a folder that tools/shard.py has written" if name == MANIFEST else "restore it"
