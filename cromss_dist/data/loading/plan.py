@@ -1,0 +1,280 @@
+"""Which samples make up which micro batch of a rank: pure functions of what is stored, seed, batch sizes and start.
+
+A plan reads nothing and holds no state; it can be pickled to the processes that read.
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from cromss_dist.data.loading.order import IntArray, Tail, TrainingOrder, draws
+from cromss_dist.data.loading.selection import Selection, draw_seasons, select
+from cromss_dist.data.store.collection import Collection
+from cromss_dist.data.store.dataset import Dataset
+from cromss_dist.errors import BatchError, ConfigError
+
+State: TypeAlias = dict[str, Any]
+
+MAX_NEIGHBOURS = 8  # tried in the place of a damaged sample: where more in a row are damaged, something else is wrong
+
+
+@dataclass(frozen=True)
+class Request:
+    """A micro batch to be read: B samples.
+
+    Args:
+        number: Which one of this rank, counted from its start.
+        sample_ids: int64 (B,): in the plan's dataset.
+        epochs: int64 (B,).
+        seasons: int64 (B,).
+        weights: float32 (B,).
+    """
+
+    number: int
+    sample_ids: IntArray
+    epochs: IntArray
+    seasons: IntArray
+    weights: npt.NDArray[np.float32]
+
+
+class Plan(Protocol):
+    """What a reader needs to know."""
+
+    @property
+    def dataset(self) -> Dataset:
+        """Where the samples are."""
+
+    def requests(self, first: int = 0, every: int = 1) -> Iterator[Request]:
+        """This rank's micro batches `first`, `first + every`, ..."""
+
+    def neighbours(self, sample_id: int, epoch: int) -> Iterator[tuple[int, int]]:
+        """Samples and seasons that may stand in for a damaged one, best first; the same ones on every machine."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A dataset, or a part of one, in a mixture.
+
+    Args:
+        dataset: From `open_dataset`.
+        selection: Of its locations and seasons, from `select`; None takes all.
+        weight: Its share of the training line, relative to the others'.
+    """
+
+    dataset: Dataset
+    selection: Selection | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainPlan:
+    """The endless sequence of one rank's training batches.
+
+    The line of samples is that of `TrainingOrder`; global batches follow each other on it. A rank has a contiguous part
+    of every global batch, and that in `accumulation_steps` micro batches. Ids of a mixture count on from source to source.
+
+    Args:
+        sources: What to train on; more than one is a mixture.
+        seed: Of order and seasons.
+        global_batch: Samples of one optimizer step over all ranks.
+        micro_batch: Samples of one forward pass on one rank.
+        rank: Of this process.
+        world_size: Number of ranks.
+        window: See `TrainingOrder`.
+        tail: See `TrainingOrder`.
+        start: Samples of the line that all ranks together consumed before; unless `tail` is 'carry' a multiple of
+            `global_batch`.
+
+    Raises:
+        BatchError: `global_batch` is not micro_batch x world_size x a whole number.
+        ConfigError: there is nothing to train on, the sources do not go together, or `window` or `tail` is not possible.
+    """
+
+    sources: Sequence[Source]
+    seed: int
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    world_size: int = 1
+    window: int = 2048
+    tail: Tail = "carry"
+    start: int = 0
+    dataset: Dataset = field(init=False)
+    selections: tuple[Selection, ...] = field(init=False)
+    order: TrainingOrder = field(init=False)
+    accumulation_steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        per_step = self.micro_batch * self.world_size
+        if min(self.micro_batch, self.world_size, self.global_batch) < 1 or self.global_batch % per_step:
+            raise BatchError(
+                f"global_batch {self.global_batch} is not micro_batch {self.micro_batch} x world size {self.world_size} x a "
+                f"whole number of accumulation steps; set it to a multiple of {per_step}."
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank={self.rank} is not one of {self.world_size} ranks; give 0 to {self.world_size - 1}.")
+        if not self.sources:
+            raise ConfigError("There is no dataset to train on; give at least one source.")
+        datasets = [source.dataset for source in self.sources]
+        dataset = datasets[0] if len(datasets) == 1 else Collection(tuple(datasets))
+        selections = tuple(source.selection or select(source.dataset) for source in self.sources)
+        sizes = [selection.sizes(one.shard_sizes) for selection, one in zip(selections, datasets, strict=True)]
+        weights = [source.weight for source in self.sources]
+        order = TrainingOrder(sizes, weights, self.seed, self.window, self.tail, self.global_batch)
+        derived: dict[str, object] = {
+            "dataset": dataset,
+            "selections": selections,
+            "order": order,
+            "accumulation_steps": self.global_batch // per_step,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        self._check_start(self.start)
+
+    @property
+    def guard(self) -> State:
+        """All that decides what comes when, beside the number of samples consumed; JSON types."""
+        return {
+            **self.order.guard,
+            "lanes": list(self.order.lanes),
+            "datasets": [source.dataset.digest for source in self.sources],
+            "selections": [selection.digest for selection in self.selections],
+        }
+
+    def state(self, samples: int) -> State:
+        """What a run that goes on behind `samples` samples of the line must know; JSON types."""
+        return {"samples": samples, "guard": self.guard}
+
+    def starting_at(self, samples: int) -> "TrainPlan":
+        """The same plan with another `start`."""
+        self._check_start(samples)
+        plan = copy(self)
+        object.__setattr__(plan, "start", samples)
+        return plan
+
+    def resumed(self, state: State) -> "TrainPlan":
+        """The same plan from the point on that `state` describes.
+
+        Number of ranks, micro batch, threads and workers may be others than when it was written; unless `tail` says
+        otherwise the global batch, too.
+
+        Raises:
+            ConfigError: the state is of another line of samples, or none at all; says what differs.
+        """
+        guard, samples = state.get("guard"), state.get("samples")
+        if not isinstance(guard, dict) or type(samples) is not int or samples < 0 or set(state) != {"samples", "guard"}:
+            raise ConfigError(f"{str(state)[:200]} is no state of a loader; give what its state_dict() returned.")
+        own = self.guard
+        differing = [name for name in {**own, **guard} if own.get(name) != guard.get(name)]
+        if differing:
+            told = "; ".join(f"{name} was {guard.get(name)} and is {own.get(name)}" for name in differing)
+            raise ConfigError(
+                f"The loader cannot go on from this state, since the samples would come in another order: {told}. Give it what "
+                "the run had, or start anew without the state."
+            )
+        return self.starting_at(samples)
+
+    def requests(self, first: int = 0, every: int = 1) -> Iterator[Request]:
+        """Endless, from `start` on."""
+        share = self.global_batch // self.world_size
+        for number in count(first, every):
+            step, micro_step = divmod(number, self.accumulation_steps)
+            begin = self.rank * share + micro_step * self.micro_batch
+            part = slice(begin, begin + self.micro_batch)
+            stretch = self.order.stretch(self.start + step * self.global_batch, self.global_batch, part)
+            sample_ids, allowed = self._selected(stretch.source, stretch.place)
+            seasons = draw_seasons(draws(self.seed, stretch.epoch, sample_ids).season, allowed)
+            yield Request(number, sample_ids, stretch.epoch, seasons, stretch.weight)
+
+    def neighbours(self, sample_id: int, epoch: int) -> Iterator[tuple[int, int]]:
+        """The next ones of the same source by id, behind the last the first; each with the season that it would have."""
+        ends = np.cumsum([len(source.dataset.locations) for source in self.sources])
+        source = int(np.searchsorted(ends, sample_id, side="right"))
+        ids = self.selections[source].ids
+        offset = int(ends[source]) - len(self.sources[source].dataset.locations)
+        place = int(np.searchsorted(ids, sample_id - offset))
+        for distance in range(1, min(MAX_NEIGHBOURS, len(ids) - 1) + 1):
+            found, allowed = self._selected(np.array([source]), np.array([(place + distance) % len(ids)]))
+            season = draw_seasons(draws(self.seed, np.array([epoch]), found).season, allowed)
+            yield int(found[0]), int(season[0])
+
+    def _check_start(self, samples: int) -> None:
+        if samples < 0 or (self.tail != "carry" and samples % self.global_batch):
+            raise ConfigError(
+                f"start={samples} is not allowed with tail={self.tail!r}; give 0 or more samples, and unless tail is 'carry' a "
+                f"multiple of global_batch {self.global_batch}."
+            )
+
+    def _selected(self, sources: IntArray, places: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+        """Sample ids, int64 (B,), and allowed seasons, bool (B, S), of places in the sources' selections."""
+        sample_ids = np.empty_like(places)
+        allowed = np.empty((len(places), self.dataset.num_seasons), bool)
+        offset = 0
+        for number, (source, selection) in enumerate(zip(self.sources, self.selections, strict=True)):
+            here = sources == number
+            sample_ids[here] = selection.ids[places[here]] + offset
+            allowed[here] = selection.seasons[places[here]]
+            offset += len(source.dataset.locations)
+        return sample_ids, allowed
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EvalPlan:
+    """Each (location, season) pair once over all ranks, in a fixed order.
+
+    Every rank has the same number of batches, all of them full: samples of weight 0 fill up the last.
+
+    Args:
+        dataset: What to score on; a `Collection` for several.
+        selection: Of its locations; of their seasons those are scored that it allows and `seasons` names.
+        seasons: Seasons to score, in that order.
+        micro_batch: Samples of one forward pass on one rank.
+        rank: Of this process.
+        world_size: Number of ranks.
+
+    Raises:
+        ConfigError: nothing is left to score.
+    """
+
+    dataset: Dataset
+    selection: Selection
+    seasons: Sequence[int]
+    micro_batch: int
+    rank: int = 0
+    world_size: int = 1
+    pairs: IntArray = field(init=False)
+    """int64 (P, 2): sample id and season."""
+
+    def __post_init__(self) -> None:
+        wanted = self.selection.seasons[:, list(self.seasons)]
+        places, nth = np.nonzero(wanted)
+        if len(places) == 0:
+            raise ConfigError(
+                f"{len(self.selection.ids)} locations and seasons {list(self.seasons)} leave nothing to score; give at least "
+                "one location that has one of them."
+            )
+        pairs = np.stack([self.selection.ids[places], np.asarray(self.seasons, np.int64)[nth]], axis=1)
+        object.__setattr__(self, "pairs", pairs)
+
+    @property
+    def num_batches(self) -> int:
+        """Micro batches of each rank."""
+        return -(-len(self.pairs) // (self.micro_batch * self.world_size))
+
+    def requests(self, first: int = 0, every: int = 1) -> Iterator[Request]:
+        """As many as `num_batches`."""
+        for number in range(first, self.num_batches, every):
+            places = (number * self.world_size + self.rank) * self.micro_batch + np.arange(self.micro_batch)
+            weights = (places < len(self.pairs)).astype(np.float32)
+            sample_ids, seasons = self.pairs[np.minimum(places, len(self.pairs) - 1)].T
+            epochs = np.zeros(self.micro_batch, np.int64)
+            yield Request(number, np.ascontiguousarray(sample_ids), epochs, np.ascontiguousarray(seasons), weights)
+
+    def neighbours(self, sample_id: int, epoch: int) -> Iterator[tuple[int, int]]:
+        """None: a score is of what it says."""
+        return iter(())
