@@ -24,7 +24,9 @@ from cromss_dist.data.conversion.statistics import Statistics
 from cromss_dist.data.conversion.workplace import Workplace, claimed
 from cromss_dist.data.sample import Json, SampleSpec, Source
 from cromss_dist.data.staging import atomic_file
-from cromss_dist.data.store.cubes import CUBE, RECORD, CubeFile, Row, create_cube, finish_cube, grow_cube, write_record
+from cromss_dist.data.store.cube_layout import Row
+from cromss_dist.data.store.cube_record import CUBE, RECORD, CubeFile, write_record
+from cromss_dist.data.store.cubes import create_cube, finish_cube, grow_cube
 from cromss_dist.data.store.index_file import IndexTables, join, places_of, tar_tables, write_index
 from cromss_dist.data.store.shards import FORMAT, LEDGER, SCHEMA_VERSION, canonical, read_manifest, read_record, write_manifest
 from cromss_dist.failpoint import failpoint

@@ -11,7 +11,8 @@ from cromss_dist.data.conversion.parts import Assignment, write_part
 from cromss_dist.data.conversion.plan import Plan, Sinks, locations_per_part, make_plan
 from cromss_dist.data.conversion.workplace import Workplace
 from cromss_dist.data.sample import SampleSpec, Source
-from cromss_dist.data.store.cubes import CUBE, create_cube
+from cromss_dist.data.store.cube_record import CUBE
+from cromss_dist.data.store.cubes import create_cube
 from cromss_dist.data.store.shards import canonical, sample_bytes
 from cromss_dist.errors import StorageError
 

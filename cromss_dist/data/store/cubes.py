@@ -7,10 +7,8 @@ library: that none is missing is what `cube.json` and `open_cube` are for. See d
 """
 
 import functools
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from cromss_dist.data.sample import Json, Rejected, Sample, SampleSpec, Uint8Array
-from cromss_dist.data.staging import atomic_file
 from cromss_dist.data.store.cube_layout import (
     METADATA,
     SEASON_TEXTS,
@@ -36,51 +33,19 @@ from cromss_dist.data.store.cube_layout import (
     pixel_node,
     root_node,
 )
+from cromss_dist.data.store.cube_reader import ChunkError, CubeLayout
+from cromss_dist.data.store.cube_record import CUBE, CubeFile, check_cube, place_file
 from cromss_dist.data.store.times import from_seconds
 from cromss_dist.data.zarr_metadata import check_store
 from cromss_dist.errors import ShardError
-
-CUBE = "cube.zarr"
-RECORD = "cube.json"
-FORMAT = "cromss-cube"
-SCHEMA_VERSION = 1
-NUM_FILES_SHOWN = 5
-
-__all__ = [
-    "CUBE",
-    "RECORD",
-    "CubeFile",
-    "CubeReader",
-    "Row",
-    "check_metadata",
-    "create_cube",
-    "file_problems",
-    "finish_cube",
-    "grow_cube",
-    "open_cube",
-    "read_record",
-    "read_rows",
-    "rows_per_shard",
-    "write_record",
-    "write_rows",
-]
-
-
-@dataclass(frozen=True)
-class CubeFile:
-    """One file of a cube: its path inside the cube, with slashes, its size in bytes and its sha256 (hex)."""
-
-    path: str
-    size: int
-    sha256: str
 
 
 def create_cube(path: Path, spec: SampleSpec, num_rows: int, rows_per_shard: int) -> None:
     """Writes the metadata of a cube of `num_rows` locations and no data. Doing it again changes nothing."""
     for name in spec.names:
         (path / name).mkdir(parents=True, exist_ok=True)
-        _place(path, f"{name}/{METADATA}", json_bytes(pixel_node(spec, name, num_rows, rows_per_shard)))
-    _place(path, METADATA, json_bytes(root_node(spec)))
+        place_file(path, f"{name}/{METADATA}", json_bytes(pixel_node(spec, name, num_rows, rows_per_shard)))
+    place_file(path, METADATA, json_bytes(root_node(spec)))
 
 
 def grow_cube(path: Path, spec: SampleSpec, num_rows: int) -> None:
@@ -117,7 +82,7 @@ def write_rows(path: Path, spec: SampleSpec, first_row: int, samples: Sequence[S
         rows = [None if sample is None else sample.arrays[name] for sample in samples]
         decodes = functools.partial(_decodes_to, pixel_node(spec, name, per_shard, per_shard), rows)
         shard = chunk_name(first_row // per_shard, *[0] * len(spec.shape(name)))
-        files.append(_place(path, f"{name}/{shard}", encode_shard(rows, spec.num_seasons, per_shard), decodes))
+        files.append(place_file(path, f"{name}/{shard}", encode_shard(rows, spec.num_seasons, per_shard), decodes))
     return tuple(files)
 
 
@@ -140,61 +105,11 @@ def finish_cube(path: Path, spec: SampleSpec, rows: Sequence[Row]) -> tuple[Cube
     for name, coordinate in coordinates(spec, rows).items():
         (path / name).mkdir(exist_ok=True)
         nodes[name] = coordinate_node(coordinate)
-        files += [_place(path, f"{name}/{chunk}", data) for chunk, data in encode_coordinate(coordinate)]
-    files += [_place(path, f"{name}/{METADATA}", json_bytes(node)) for name, node in nodes.items()]
+        files += [place_file(path, f"{name}/{chunk}", data) for chunk, data in encode_coordinate(coordinate)]
+    files += [place_file(path, f"{name}/{METADATA}", json_bytes(node)) for name, node in nodes.items()]
     consolidated = {"kind": "inline", "must_understand": False, "metadata": nodes}
-    files.append(_place(path, METADATA, json_bytes({**root_node(spec, rows), "consolidated_metadata": consolidated})))
+    files.append(place_file(path, METADATA, json_bytes({**root_node(spec, rows), "consolidated_metadata": consolidated})))
     return tuple(sorted(files, key=lambda file: file.path))
-
-
-def write_record(folder: Path, files: Iterable[CubeFile]) -> Json:
-    """Writes `cube.json`, the list of all files of the finished cube in `folder`.
-
-    Returns:
-        The manifest's `cube` section: path, record, record_sha256, size (bytes of the cube), files (their number).
-    """
-    listed = sorted(files, key=lambda file: file.path)
-    content = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "files": [asdict(file) for file in listed]}
-    record = _place(folder, RECORD, json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-    size = sum(file.size for file in listed)
-    return {"path": CUBE, "record": RECORD, "record_sha256": record.sha256, "size": size, "files": len(listed)}
-
-
-def read_record(folder: Path, sha256: str | None) -> tuple[CubeFile, ...]:
-    """The files of a cube; `sha256` is what the manifest states of the record.
-
-    Raises:
-        ShardError: the record is missing, damaged, or not the one the manifest was made with.
-    """
-    path = folder / RECORD
-    if not path.is_file():
-        raise ShardError(f"{path} is missing: the cube has no commit record. Restore it or convert the archive again.")
-    data = path.read_bytes()
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise ShardError(f"{path} is not the record that the manifest was made with. Restore it or convert the archive again.")
-    try:
-        content = json.loads(data)
-        if (content["format"], content["schema_version"]) != (FORMAT, SCHEMA_VERSION):
-            raise ValueError(f"format {content['format']!r} version {content['schema_version']!r}")
-        return tuple(CubeFile(**file) for file in content["files"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ShardError(f"{path} is no record of a cube: {error!r}. Restore it or convert the archive again.") from error
-
-
-def file_problems(folder: Path, files: Sequence[CubeFile]) -> Iterator[tuple[str, str]]:
-    """Path inside the cube and what is wrong, by names, sizes and the metadata's digests alone; pixels are not read."""
-    cube = folder / CUBE
-    found = {path.relative_to(cube).as_posix(): path for path in cube.rglob("*") if not path.is_dir() or path.is_symlink()}
-    for file in files:
-        path = found.pop(file.path, None)
-        if path is None or not path.is_file():
-            yield file.path, "is missing; a Zarr reader would see fill values"
-        elif (size := path.stat().st_size) != file.size:
-            yield file.path, f"has {size} bytes, its record states {file.size}"
-        elif file.path.endswith(METADATA) and hashlib.sha256(path.read_bytes()).hexdigest() != file.sha256:
-            yield file.path, "is not the metadata that was written"
-    for surplus in sorted(found):
-        yield surplus, "is not in the record"
 
 
 def open_cube(folder: str | Path, record_sha256: str | None = None) -> xr.Dataset:
@@ -212,47 +127,46 @@ def open_cube(folder: str | Path, record_sha256: str | None = None) -> xr.Datase
         ShardError: it is no cube of ours, or a file is missing, surplus or changed.
     """
     path = Path(folder)
-    _check(path, record_sha256)
+    check_cube(path, record_sha256)
+    check_metadata(path / CUBE)
     dataset: xr.Dataset = xr.open_zarr(path / CUBE, chunks=None)
     return dataset
 
 
 class CubeReader:
-    """Reads samples back out of a cube, row by row. That no file is missing is for the caller to know: see `file_problems`.
+    """Reads samples back out of a cube, row by row, and what its coordinates say of them.
 
     Args:
         cube: The folder cube.zarr.
+        layout: Of its files.
 
     Raises:
         ShardError: its metadata is not what a cube of ours has, or its coordinates cannot be read.
     """
 
-    def __init__(self, cube: Path) -> None:
+    def __init__(self, cube: Path, layout: CubeLayout) -> None:
         check_metadata(cube)
-        self.cube = cube
+        self.cube, self.layout = cube, layout
         try:
-            # Opened once: opening an array costs as much as reading a sample of it.
-            self._arrays = dict(zarr.open_group(cube, mode="r").arrays())
             self.rows = read_rows(cube)
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             raise ShardError(f"{cube}: the coordinates cannot be read: {error}. Restore it.") from error
 
     def read(self, row: int, name: str, season: int | None = None) -> Uint8Array:
-        """One array of one location, of one season or of all.
+        """One array of one location, of one season or of all: uint8 ([season,] [band,] H, W).
 
         Raises:
-            ShardError: a byte of it changed.
+            ShardError: its file or a chunk of it is missing, or a byte of it changed.
         """
+        num_seasons, *shape = self.layout.shapes[name]
+        seasons = range(num_seasons) if season is None else range(season, season + 1)
+        pixels = np.empty((len(seasons), *shape), np.uint8)
+        path = self.cube / self.layout.file_of(row, name)
         try:
-            return np.asarray(self._arrays[name][row if season is None else (row, season)], np.uint8)
-        except (ValueError, RuntimeError) as error:
-            raise ShardError(f"{self.cube / name}, row {row}: its bytes do not match their checksum: {error}") from error
-
-    def file_of(self, row: int, name: str) -> str:
-        """Path inside the cube of the file that holds a row of an array."""
-        array = self._arrays[name]
-        assert array.shards is not None
-        return f"{name}/{chunk_name(row // array.shards[0], *[0] * (array.ndim - 1))}"
+            self.layout.read_seasons(path, row, name, seasons, pixels)
+        except (ChunkError, OSError) as error:
+            raise ShardError(f"{path}: row {row}: {error}. Restore it or convert the archive again.") from error
+        return pixels if season is None else pixels[0]
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:
@@ -289,18 +203,6 @@ def check_metadata(cube: Path) -> None:
         raise ShardError(f"{cube} is no cube of ours: {error}. Restore it or convert the archive again.") from error
 
 
-def _check(folder: Path, record_sha256: str | None) -> None:
-    if not (folder / CUBE).is_dir():
-        raise ShardError(f"{folder} holds no {CUBE}; give a local folder that tools/shard.py has written with --write cube.")
-    problems = [f"{path} {what}" for path, what in file_problems(folder, read_record(folder, record_sha256))]
-    if problems:
-        shown = "; ".join(problems[:NUM_FILES_SHOWN])
-        raise ShardError(
-            f"{folder / CUBE} is not as it was written, {len(problems)} files: {shown}. Restore it or convert the archive again."
-        )
-    check_metadata(folder / CUBE)
-
-
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     array = group[name]
     assert isinstance(array, zarr.Array)
@@ -314,16 +216,3 @@ def _decodes_to(node: Json, rows: Sequence[Uint8Array | None], data: bytes) -> b
     store = MemoryStore({METADATA: buffer.from_bytes(json_bytes(node)), shard: buffer.from_bytes(data)})
     array = zarr.open_array(store, mode="r")
     return all(np.array_equal(np.asarray(array[row]), pixels) for row, pixels in enumerate(rows) if pixels is not None)
-
-
-def _place(folder: Path, name: str, data: bytes, holds: Callable[[bytes], bool] = lambda _: True) -> CubeFile:
-    """Puts a file at `name`, whole, on disk and read back before it has that name; replaces what had it."""
-
-    def check(path: Path) -> None:
-        back = path.read_bytes()
-        if back != data or not holds(back):
-            raise ShardError(f"{folder / name}: what was read back is not what was written. Check the disk and run it again.")
-
-    with atomic_file(folder / name, check) as file:
-        file.write(data)
-    return CubeFile(name, len(data), hashlib.sha256(data).hexdigest())

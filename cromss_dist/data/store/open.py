@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from cromss_dist.data.store.cube_reader import cube_of
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.data.store.index import shards_of
 from cromss_dist.data.store.stored import read_stored
@@ -24,4 +25,7 @@ def open_dataset(location: str | Path, reader: Reader = "auto") -> Dataset:
     folder = Path(location)
     if "://" in str(location) or not folder.is_dir():
         raise ShardError(f"{location} is not a folder; give a local folder that tools/shard.py has written.")
-    return shards_of(folder, read_stored(folder))
+    stored = read_stored(folder)
+    if reader == "cube" or (reader == "auto" and not stored.entries):
+        return cube_of(folder, stored)
+    return shards_of(folder, stored)

@@ -17,9 +17,11 @@ import numpy as np
 
 from cromss_dist.data.sample import Json, Rejected, Source, Uint8Array
 from cromss_dist.data.store.cube_layout import SEASON_TEXTS, SEASON_TIMES
-from cromss_dist.data.store.cubes import CUBE, RECORD, CubeReader
-from cromss_dist.data.store.cubes import file_problems as cube_file_problems
-from cromss_dist.data.store.cubes import read_record as read_cube_record
+from cromss_dist.data.store.cube_reader import CubeLayout
+from cromss_dist.data.store.cube_record import CUBE, RECORD
+from cromss_dist.data.store.cube_record import file_problems as cube_file_problems
+from cromss_dist.data.store.cube_record import read_record as read_cube_record
+from cromss_dist.data.store.cubes import CubeReader
 from cromss_dist.data.store.shards import (
     LEDGER,
     MANIFEST,
@@ -201,7 +203,7 @@ class _Verifier:
         if needed & set(wrong):  # without the group's metadata and the coordinates nobody knows which row is which sample
             return
         try:
-            self.reader = CubeReader(self.folder / CUBE)
+            self.reader = CubeReader(self.folder / CUBE, CubeLayout.of(self.manifest))
         except ShardError as error:
             self.add(CUBE, str(error))
             return
@@ -243,7 +245,7 @@ class _Verifier:
     def read_row(self, key: str, row: int, name: str) -> Uint8Array | None:
         """An array of a row of the cube, season by season where it cannot be read at once; None where one cannot."""
         assert self.reader is not None
-        file = self.reader.file_of(row, name)
+        file = self.reader.layout.file_of(row, name)
         if file in self.missing:
             return None
         try:
@@ -269,7 +271,7 @@ class _Verifier:
             return
         for name, pixels in arrays.items():
             if (found := self.read_row(key, row, name)) is not None:
-                self.compare(f"{file} and {self.reader.file_of(row, name)}", key, name, pixels, found, "the cube")
+                self.compare(f"{file} and {self.reader.layout.file_of(row, name)}", key, name, pixels, found, "the cube")
         stored = self.reader.rows[row].metadata
         if metadata is not None and stored is not None and _place_and_times(metadata) != _place_and_times(stored):
             self.add(CUBE, "place, times or scenes are not those of the shards", key)

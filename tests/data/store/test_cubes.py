@@ -13,33 +13,17 @@ import zarr
 
 from cromss_dist.data.sample import Sample, SampleSpec, ValueSpec
 from cromss_dist.data.store import cubes
-from cromss_dist.data.store.cube_layout import (
-    Coordinate,
-    coordinate_node,
-    encode_coordinate,
-    encode_shard,
-    json_bytes,
-)
-from cromss_dist.data.store.cubes import (
-    CUBE,
-    RECORD,
-    CubeFile,
-    CubeReader,
-    Row,
-    create_cube,
-    finish_cube,
-    grow_cube,
-    open_cube,
-    read_rows,
-    write_record,
-    write_rows,
-)
+from cromss_dist.data.store.cube_layout import Coordinate, Row, coordinate_node, encode_coordinate, encode_shard, json_bytes
+from cromss_dist.data.store.cube_reader import CubeLayout
+from cromss_dist.data.store.cube_record import CUBE, RECORD, CubeFile, write_record
+from cromss_dist.data.store.cubes import CubeReader, create_cube, finish_cube, grow_cube, open_cube, read_rows, write_rows
 from cromss_dist.data.store.times import from_seconds, to_seconds
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import ArraySpec, Modality, Normalisation
 from tests.data.fake_source import FakeSource, spec_of
 
 PER_SHARD = 3
+LAYOUT = CubeLayout({name: spec_of().shape(name) for name in spec_of().names}, PER_SHARD)
 
 
 def write(folder: Path, source: FakeSource, missing: tuple[str, ...] = ()) -> tuple[list[Sample | None], str]:
@@ -291,7 +275,7 @@ def test_metadata_that_no_cube_of_ours_has_is_refused_though_the_record_fits(fol
     replace(folder / CUBE / "label" / "zarr.json", b'"zstd"', b'"bz2"')
     files = [CubeFile(path, (folder / CUBE / path).stat().st_size, digest) for path, digest in contents(folder / CUBE).items()]
     write_record(folder, files)
-    for opened in (lambda: open_cube(folder), lambda: CubeReader(folder / CUBE)):
+    for opened in (lambda: open_cube(folder), lambda: CubeReader(folder / CUBE, LAYOUT)):
         with pytest.raises(ShardError, match=r"no cube of ours.*bz2"):
             opened()
 
@@ -376,7 +360,7 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
 def test_a_reader_refuses_coordinates_that_cannot_be_read(folder: Path, damage: str) -> None:
     UNREADABLE[damage](folder / CUBE)
     with pytest.raises(ShardError, match="coordinates cannot be read"):
-        CubeReader(folder / CUBE)
+        CubeReader(folder / CUBE, LAYOUT)
 
 
 def test_opening_reads_no_pixel(folder: Path) -> None:
@@ -386,13 +370,13 @@ def test_opening_reads_no_pixel(folder: Path) -> None:
 
 
 def test_a_reader_names_the_array_and_row_with_a_changed_byte(folder: Path, source: FakeSource) -> None:
-    reader = CubeReader(folder / CUBE)
-    path = folder / CUBE / reader.file_of(4, "label")
+    reader = CubeReader(folder / CUBE, LAYOUT)
+    path = folder / CUBE / LAYOUT.file_of(4, "label")
     assert path.name == "c.1.0.0.0"
     flipped = bytearray(path.read_bytes())
     flipped[20] ^= 1  # in the first chunk of the shard: row 3, season 0
     path.write_bytes(flipped)
-    with pytest.raises(ShardError, match="label, row 3"):
+    with pytest.raises(ShardError, match=r"label/c\.1\.0\.0\.0: row 3: season 0"):
         reader.read(3, "label")
     np.testing.assert_array_equal(reader.read(3, "label", season=1), source.read("0000003").arrays["label"][1])
     np.testing.assert_array_equal(reader.read(4, "label"), source.read("0000004").arrays["label"])
@@ -400,5 +384,5 @@ def test_a_reader_names_the_array_and_row_with_a_changed_byte(folder: Path, sour
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(checked(bytes(size - 4)))
-    with pytest.raises(ShardError, match="label, row 3"):
+    with pytest.raises(ShardError, match=r"label/c\.1\.0\.0\.0: row 3: season 0"):
         reader.read(3, "label")

@@ -14,7 +14,8 @@ import pytest
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.sample import Json, Sample
 from cromss_dist.data.store import verify_tar
-from cromss_dist.data.store.cubes import CUBE, RECORD, CubeFile, write_record, write_rows
+from cromss_dist.data.store.cube_record import CUBE, RECORD, CubeFile, write_record
+from cromss_dist.data.store.cubes import write_rows
 from cromss_dist.data.store.index import open_shards
 from cromss_dist.data.store.shards import MANIFEST, canonical, manifest_entries, read_manifest, read_record, write_manifest
 from cromss_dist.data.store.verify import Report, verify
