@@ -78,7 +78,7 @@ class Bench:
     def make_inputs(self, locations: int, forms: Sequence[str]) -> None:
         """Archives at `work`/<form>-<locations>, and the samples at `work`/arrays."""
         sizes = ("--distinct", str(self.options.distinct), "--locations", str(locations))
-        _call([sys.executable, str(HERE / "inputs.py"), str(self.work), *sizes, "--forms", *forms])
+        call([sys.executable, str(HERE / "inputs.py"), str(self.work), *sizes, "--forms", *forms])
 
     def run(self, group: str, way: str, source: Path, workers: int = 1) -> Run:
         """One run, in a process of its own; the output is measured and removed."""
@@ -89,7 +89,7 @@ class Bench:
         options = ["--locations", str(self.options.locations), "--shard-size-mib", str(self.options.shard_size_mib)]
         if not is_peer:
             options += ["--workers", str(workers)]
-        told: Run = json.loads(_call([str(python), str(HERE / script), way, str(source), str(out), *options]).splitlines()[-1])
+        told: Run = json.loads(call([str(python), str(HERE / script), way, str(source), str(out), *options]).splitlines()[-1])
         told.setdefault("locations", self.options.locations)
         told["bytes"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         shutil.rmtree(out)
@@ -105,7 +105,7 @@ class Bench:
         for path in self.work.rglob("*.tif"):
             path.read_bytes()
         for repeat in range(self.options.repeats):
-            _say(f"repeat {repeat + 1} of {self.options.repeats}, load {os.getloadavg()[0]:.1f}")
+            say(f"repeat {repeat + 1} of {self.options.repeats}, load {os.getloadavg()[0]:.1f}")
             for form in forms:
                 archive = self.work / f"{form}-{self.options.locations}"
                 for way in ("published", "convert"):
@@ -119,7 +119,7 @@ class Bench:
     def take_memory(self) -> Iterator[tuple[int, Run]]:
         """Peak memory of one conversion an archive size."""
         for locations in self.options.memory:
-            _say(f"memory at {locations} locations")
+            say(f"memory at {locations} locations")
             self.make_inputs(locations, ["physical"])
             archive = self.work / f"physical-{locations}"
             yield locations, self.run(f"memory {locations}", "convert", archive)
@@ -127,14 +127,16 @@ class Bench:
                 shutil.rmtree(archive)
 
 
-def _call(command: list[str]) -> str:
+def call(command: list[str]) -> str:
+    """What a command printed; ends this program with what it complained of where it fails."""
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return done.stdout
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tells whoever waits."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -174,18 +176,18 @@ def section(title: str, runs: dict[tuple[str, str], list[Run]], group: str, base
     return [*lines, ""]
 
 
-def machine(peers: Path | None) -> list[str]:
+def machine(peers: Path | None, packages: Sequence[str] = OURS) -> list[str]:
     """What was measured with what."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     told = [
         f"- {model}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()} {platform.release()}",
-        f"- Python {platform.python_version()}; {', '.join(f'{name} {version(name)}' for name in OURS)}",
+        f"- Python {platform.python_version()}; {', '.join(f'{name} {version(name)}' for name in packages)}",
     ]
     if peers:
         query = f"from importlib.metadata import version as v; print(', '.join(f'{{n}} {{v(n)}}' for n in {THEIRS}))"
-        told.append(f"- Peers: {_call([str(peers), '-c', query]).strip()}")
+        told.append(f"- Peers: {call([str(peers), '-c', query]).strip()}")
     return told
 
 
@@ -228,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         before = os.getloadavg()[0]
         bench.compare()
         memory = list(bench.take_memory())
-        kind = _call(["stat", "-f", "-c", "%T", str(work)]).strip()
+        kind = call(["stat", "-f", "-c", "%T", str(work)]).strip()
         text = report(bench, memory, (before, os.getloadavg()[0]), kind)
     print(text)
     if options.out:
