@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.loading.order import IntArray, Tail, TrainingOrder, draws
+from cromss_dist.data.loading.order import IntArray, Stretch, Tail, TrainingOrder, draws
 from cromss_dist.data.loading.selection import Selection, draw_seasons, select
 from cromss_dist.data.store.collection import Collection
 from cromss_dist.data.store.dataset import Dataset
@@ -105,6 +105,8 @@ class TrainPlan:
     tail: Tail = "carry"
     start: int = 0
     dataset: Dataset = field(init=False)
+    starts: IntArray = field(init=False)
+    """int64: sample id of the first location of each source."""
     selections: tuple[Selection, ...] = field(init=False)
     order: TrainingOrder = field(init=False)
     accumulation_steps: int = field(init=False)
@@ -120,14 +122,15 @@ class TrainPlan:
             raise ConfigError(f"rank={self.rank} is not one of {self.world_size} ranks; give 0 to {self.world_size - 1}.")
         if not self.sources:
             raise ConfigError("There is no dataset to train on; give at least one source.")
-        datasets = [source.dataset for source in self.sources]
-        dataset = datasets[0] if len(datasets) == 1 else Collection(tuple(datasets))
+        datasets = tuple(source.dataset for source in self.sources)
+        together = Collection(datasets)
         selections = tuple(source.selection or select(source.dataset) for source in self.sources)
         sizes = [selection.sizes(one.shard_sizes) for selection, one in zip(selections, datasets, strict=True)]
         weights = [source.weight for source in self.sources]
         order = TrainingOrder(sizes, weights, self.seed, self.window, self.tail, self.global_batch)
         derived: dict[str, object] = {
-            "dataset": dataset,
+            "dataset": datasets[0] if len(datasets) == 1 else together,
+            "starts": together.starts,
             "selections": selections,
             "order": order,
             "accumulation_steps": self.global_batch // per_step,
@@ -182,26 +185,25 @@ class TrainPlan:
     def requests(self, first: int = 0, every: int = 1) -> Iterator[Request]:
         """Endless, from `start` on."""
         share = self.global_batch // self.world_size
+        known: tuple[int, Stretch] | None = None
         for number in count(first, every):
             step, micro_step = divmod(number, self.accumulation_steps)
-            begin = self.rank * share + micro_step * self.micro_batch
-            part = slice(begin, begin + self.micro_batch)
-            stretch = self.order.stretch(self.start + step * self.global_batch, self.global_batch, part)
-            sample_ids, allowed = self._selected(stretch.source, stretch.place)
-            seasons = draw_seasons(draws(self.seed, stretch.epoch, sample_ids).season, allowed)
-            yield Request(number, sample_ids, stretch.epoch, seasons, stretch.weight)
+            if known is None or known[0] != step:
+                mine = slice(self.rank * share, (self.rank + 1) * share)
+                known = step, self.order.stretch(self.start + step * self.global_batch, self.global_batch, mine)
+            stretch, part = known[1], slice(micro_step * self.micro_batch, (micro_step + 1) * self.micro_batch)
+            epochs = stretch.epoch[part]
+            sample_ids, seasons = self._drawn(stretch.source[part], stretch.place[part], epochs)
+            yield Request(number, sample_ids, epochs, seasons, stretch.weight[part])
 
     def neighbours(self, sample_id: int, epoch: int) -> Iterator[tuple[int, int]]:
         """The next ones of the same source by id, behind the last the first; each with the season that it would have."""
-        ends = np.cumsum([len(source.dataset.locations) for source in self.sources])
-        source = int(np.searchsorted(ends, sample_id, side="right"))
+        source = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
         ids = self.selections[source].ids
-        offset = int(ends[source]) - len(self.sources[source].dataset.locations)
-        place = int(np.searchsorted(ids, sample_id - offset))
+        place = int(np.searchsorted(ids, sample_id - self.starts[source]))
         for distance in range(1, min(MAX_NEIGHBOURS, len(ids) - 1) + 1):
-            found, allowed = self._selected(np.array([source]), np.array([(place + distance) % len(ids)]))
-            season = draw_seasons(draws(self.seed, np.array([epoch]), found).season, allowed)
-            yield int(found[0]), int(season[0])
+            found, seasons = self._drawn(np.array([source]), np.array([(place + distance) % len(ids)]), np.array([epoch]))
+            yield int(found[0]), int(seasons[0])
 
     def _check_start(self, samples: int) -> None:
         if samples < 0 or (self.tail != "carry" and samples % self.global_batch):
@@ -210,17 +212,15 @@ class TrainPlan:
                 f"multiple of global_batch {self.global_batch}."
             )
 
-    def _selected(self, sources: IntArray, places: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-        """Sample ids, int64 (B,), and allowed seasons, bool (B, S), of places in the sources' selections."""
+    def _drawn(self, sources: IntArray, places: IntArray, epochs: IntArray) -> tuple[IntArray, IntArray]:
+        """Sample ids and seasons, int64 (B,) each, at places of the sources' selections."""
         sample_ids = np.empty_like(places)
         allowed = np.empty((len(places), self.dataset.num_seasons), bool)
-        offset = 0
-        for number, (source, selection) in enumerate(zip(self.sources, self.selections, strict=True)):
+        for number, selection in enumerate(self.selections):
             here = sources == number
-            sample_ids[here] = selection.ids[places[here]] + offset
+            sample_ids[here] = selection.ids[places[here]] + self.starts[number]
             allowed[here] = selection.seasons[places[here]]
-            offset += len(source.dataset.locations)
-        return sample_ids, allowed
+        return sample_ids, draw_seasons(draws(self.seed, epochs, sample_ids).season, allowed)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -4,7 +4,7 @@ import multiprocessing
 import signal
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -73,22 +73,29 @@ class FetchedAhead:
     def __init__(self, dataset: Dataset, requests: Iterator[Request], lookahead: int) -> None:
         self._dataset, self._requests, self._lookahead = dataset, requests, lookahead
         self._ends = np.cumsum(dataset.shard_sizes)
-        self._seen: deque[tuple[Request, set[int]]] = deque()
+        self._ahead: deque[tuple[Request, list[int]]] = deque()
+        self._needed: Counter[int] = Counter()  # shard -> how many of the requests ahead need it
         self._threads = DaemonThreads(FETCH_THREADS if lookahead else 0, "cromss-fetcher")
 
     def __iter__(self) -> Iterator[Request]:
         return self
 
     def __next__(self) -> Request:
-        for request in islice(self._requests, self._lookahead + 1 - len(self._seen)):
-            shards = set(np.searchsorted(self._ends, request.sample_ids, side="right").tolist()) if self._lookahead else set()
-            # Those that requests ahead of it need were asked for; a shard that comes again later is asked for again.
-            for shard in sorted(shards.difference(*(needed for _, needed in self._seen))):
-                self._threads.submit(partial(self._dataset.fetch, shard))  # an error comes again where its sample is read
-            self._seen.append((request, shards))
-        if not self._seen:
+        for request in islice(self._requests, self._lookahead + 1 - len(self._ahead)):
+            shards = np.unique(np.searchsorted(self._ends, request.sample_ids, side="right")).tolist() if self._lookahead else []
+            for shard in shards:
+                if shard not in self._needed:  # else it was asked for
+                    self._threads.submit(partial(self._dataset.fetch, shard))  # an error comes again where its sample is read
+            self._needed.update(shards)
+            self._ahead.append((request, shards))
+        if not self._ahead:
             raise StopIteration
-        return self._seen.popleft()[0]
+        request, shards = self._ahead.popleft()
+        for shard in shards:
+            self._needed[shard] -= 1
+            if not self._needed[shard]:
+                del self._needed[shard]
+        return request
 
     def close(self) -> None:
         """Forgets what is not being fetched."""
