@@ -44,6 +44,8 @@ HOMES = {
     "xarray": ("cromss_dist/data/store/cubes.py",),
     "numcodecs": ("cromss_dist/data/store/cube_layout.py", "cromss_dist/data/archives/zarr_zip.py"),
     "huggingface_hub": ("cromss_dist/data/hub.py",),
+    "fsspec": ("cromss_dist/data/store/remote.py",),
+    "aiohttp": ("cromss_dist/data/store/remote.py",),
 }
 SOURCES = sorted(path for folder in ("cromss_dist", "launch", "tools") for path in (ROOT / folder).rglob("*.py"))
 

@@ -3,29 +3,49 @@
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from cromss_dist.data.store.cache import CachedFiles, ShardCache
 from cromss_dist.data.store.cube_reader import cube_of
 from cromss_dist.data.store.dataset import Dataset
-from cromss_dist.data.store.index import shards_of
-from cromss_dist.data.store.stored import read_stored
-from cromss_dist.errors import ShardError
+from cromss_dist.data.store.index import ShardIndex, shards_of
+from cromss_dist.data.store.remote import Remote
+from cromss_dist.data.store.stored import StoredDataset, read_stored
+from cromss_dist.errors import ConfigError, ShardError
 
 Reader: TypeAlias = Literal["auto", "shards", "cube"]
 
 
-def open_dataset(location: str | Path, reader: Reader = "auto") -> Dataset:
-    """Opens a dataset after checking manifest, index, and names and sizes of the files; reads no pixel.
+def open_dataset(location: str | Path, cache: ShardCache | None = None, reader: Reader = "auto") -> Dataset:
+    """Opens a dataset after checking manifest, index, and, in a local folder, names and sizes of the files; reads no pixel.
 
     Args:
-        location: Folder that tools/shard.py has written.
+        location: Folder that tools/shard.py has written, or URL of such a folder, see `remote.Remote`.
+        cache: Where the shards behind a URL are kept on this node; None: `ShardCache()`.
         reader: What the pixels are read from; 'auto': the shards where there are any.
 
     Raises:
         ShardError: it is no dataset, or something of it is missing, surplus or changed.
+        DownloadError: manifest or index cannot be fetched.
+        ConfigError: the URL is none that can be read, or a cube is behind it.
     """
+    if "://" in str(location):
+        return _open_remote(Remote(str(location)), cache or ShardCache(), reader)
     folder = Path(location)
-    if "://" in str(location) or not folder.is_dir():
-        raise ShardError(f"{location} is not a folder; give a local folder that tools/shard.py has written.")
+    if not folder.is_dir():
+        raise ShardError(f"{location} is neither a folder nor a URL; give one that tools/shard.py has written.")
     stored = read_stored(folder)
     if reader == "cube" or (reader == "auto" and not stored.entries):
         return cube_of(folder, stored)
     return shards_of(folder, stored)
+
+
+def _open_remote(remote: Remote, cache: ShardCache, reader: Reader) -> ShardIndex:
+    def read(name: str, limit: int, sha256: str | None) -> bytes:
+        return remote.read(name, limit) if sha256 is None else cache.read(remote, name, limit, sha256)
+
+    stored = StoredDataset.parse(remote.url, read)
+    if reader == "cube" or not stored.entries:
+        raise ConfigError(
+            f"{remote.url}: cubes are read from local folders alone. Copy it to this machine, or write shards (tools/shard.py "
+            "--write both) and set data.reading.kind to shards."
+        )
+    return ShardIndex(stored.origin, stored.manifest, stored.tables, CachedFiles(remote, stored.entries, cache))
