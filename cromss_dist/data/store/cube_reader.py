@@ -167,15 +167,19 @@ class CubeIndex(StoredDataset):
         return self.numbers[self.layout.file_of(int(self.rows[sample_id]), name)]
 
     def _fill(self, number: int, sample_id: int, season: int, name: str, array: Uint8Array) -> None:
-        seasons, into = (
-            (range(self.num_seasons), array) if name == LABEL_ARRAY else (range(season, season + 1), array[np.newaxis])
-        )
+        is_label = name == LABEL_ARRAY
+        seasons, into = (range(self.num_seasons), array) if is_label else (range(season, season + 1), array[np.newaxis])
         path = self.files.path(number)
         try:
             self.layout.read_seasons(path, int(self.rows[sample_id]), name, seasons, into)
+            if self.tables.tars is not None:  # sees files of the cube that changed places, too
+                stated = self.tables.tars.checksums[sample_id, self.arrays.index(name)]
+                for i, pixels in zip(seasons, into, strict=True):
+                    if google_crc32c.value(pixels) != stated[i]:
+                        raise ChunkError(f"season {i}: the pixels do not match the CRC-32C of those in the shards")
         except FileNotFoundError as error:
             raise ShardError(f"{path} is missing. Restore it or shard the archive again.") from error
-        except ChunkError as error:
+        except (ChunkError, OSError) as error:
             raise ShardError(f"{path}: sample {self.locations[sample_id]}, array {name}, {error}. {MEND}") from error
 
 
