@@ -153,9 +153,9 @@ class TrainingOrder:
         arranged = np.lexsort((own, lane, source))[part]
         source, epoch, place_in_epoch = source[arranged], epoch[arranged], place_in_epoch[arranged]
         place = np.empty_like(place_in_epoch)
-        for number, line in enumerate(self._lines):
+        for number in np.unique(source).tolist():
             here = source == number
-            place[here] = line.at(epoch[here], place_in_epoch[here])
+            place[here] = self._lines[number].at(epoch[here], place_in_epoch[here])
         return Stretch(source, place, epoch, weight[arranged])
 
     def _epoch_samples(self) -> int:
