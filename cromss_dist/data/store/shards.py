@@ -13,6 +13,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 from urllib.parse import quote
@@ -133,21 +134,17 @@ def write_shard(folder: Path, name: str, samples: Iterable[tuple[Sample, Checksu
         return None
     members: Samples = []
 
-    def entry() -> ShardEntry:
-        return ShardEntry(name, len(members), file.size, file.sha256.hexdigest(), hashlib.sha256(record()).hexdigest())
-
-    def record() -> bytes:
-        told = [{"key": key, "members": [asdict(member) for member in of_key]} for key, of_key in members]
-        return canonical({"shard": name, "size": file.size, "sha256": file.sha256.hexdigest(), "samples": told})
-
     with atomic_file(folder / name, check=lambda path: _check_written(path, file, members)) as raw:
         file = _HashingFile(raw)
         members.append((first[0].key, _write_sample(file, *first)))
         failpoint("mid_write")
         members.extend((sample.key, _write_sample(file, sample, checksums)) for sample, checksums in iterator)
         file.write(bytes(-(file.size + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE + 2 * BLOCK_BYTES))  # end of archive
-    written = entry()
-    write_atomically(folder / written.record, record())
+    sha256 = file.sha256.hexdigest()
+    told = [{"key": key, "members": [vars(member) for member in of_key]} for key, of_key in members]
+    record = canonical({"shard": name, "size": file.size, "sha256": sha256, "samples": told})
+    written = ShardEntry(name, len(members), file.size, sha256, hashlib.sha256(record).hexdigest())
+    write_atomically(folder / written.record, record)
     return written
 
 
@@ -321,6 +318,7 @@ def _begins_with(tar: Path) -> str:
         return file.read(100).rstrip(b"\0").decode(errors="replace")
 
 
+@lru_cache
 def npy_header(shape: tuple[int, ...]) -> bytes:
     """What precedes the pixels of a uint8 array in a .npy file."""
     buffer = io.BytesIO()
