@@ -15,11 +15,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from cromss_dist.data.staging import atomic_file
 from cromss_dist.data.store.remote import Remote
-from cromss_dist.data.store.shards import ShardEntry
 from cromss_dist.errors import ConfigError, ShardError, StorageError
 
 DEFAULT_FOLDER = Path("~/.cache/cromss_dist")
@@ -206,21 +205,37 @@ class ShardCache:
         return None
 
 
+class RemoteFile(Protocol):
+    """What a manifest, or the record of a cube, says of a file."""
+
+    @property
+    def name(self) -> str:
+        """In the folder of the dataset."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def sha256(self) -> str:
+        """Hex."""
+
+
 @dataclass(frozen=True)
 class CachedFiles:
-    """The shards of a remote dataset, through a cache: where `ShardIndex` finds them."""
+    """The files of a remote dataset, through a cache: where `ShardIndex` and `CubeIndex` find them."""
 
     remote: Remote
-    entries: Sequence[ShardEntry]
+    entries: Sequence[RemoteFile]
     cache: ShardCache
 
     def path(self, shard: int) -> Path:
-        """The shard's tar on this node, fetched where it is not there. Raises what `ShardCache.get` raises."""
+        """The file on this node, fetched where it is not there. Raises what `ShardCache.get` raises."""
         entry = self.entries[shard]
         return self.cache.get(self.remote, entry.name, entry.size, entry.sha256)
 
     def discard(self, shard: int) -> bool:
-        """Drops the shard's tar if it is damaged; True: the next `path` gives a whole one."""
+        """Drops the file if it is damaged; True: the next `path` gives a whole one."""
         self.cache.discard(self.entries[shard].sha256)
         return True
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from cromss_dist.data.sample import Json, Uint8Array
 from cromss_dist.data.store.cube_layout import NO_CHUNK, chunk_name
-from cromss_dist.data.store.cube_record import CUBE, CubeFile, check_cube
+from cromss_dist.data.store.cube_record import CubeFile, check_cube
 from cromss_dist.data.store.index import MEND, LocalFiles, ShardFiles
 from cromss_dist.data.store.shards import MANIFEST
 from cromss_dist.data.store.stored import StoredDataset
@@ -189,11 +189,16 @@ def cube_of(folder: Path, stored: StoredDataset) -> CubeIndex:
     Raises:
         ShardError: it has none, or a file of it is missing, surplus or changed.
     """
-    stated = stored.manifest["cube"]
-    if stated is None:
-        raise ShardError(f"{folder} has no cube, only shards; open them, or convert the archive with --write both.")
-    files = check_cube(folder, stated["record_sha256"])
-    return cube_index(stored, files, LocalFiles(folder / CUBE, tuple(file.path for file in files)))
+    files = check_cube(folder, cube_section(stored)["record_sha256"])
+    return cube_index(stored, files, LocalFiles(folder, tuple(file.name for file in files)))
+
+
+def cube_section(stored: StoredDataset) -> Json:
+    """What the manifest says of the cube. Raises ShardError where there is none."""
+    section: Json | None = stored.manifest["cube"]
+    if section is None:
+        raise ShardError(f"{stored.origin} has no cube, only shards; open them, or convert the archive with --write both.")
+    return section
 
 
 def cube_index(stored: StoredDataset, recorded: Sequence[CubeFile], files: ShardFiles) -> CubeIndex:

@@ -16,6 +16,7 @@ RECORD = "cube.json"
 FORMAT = "cromss-cube"
 SCHEMA_VERSION = 1
 NUM_FILES_SHOWN = 5
+MAX_RECORD_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class CubeFile:
     path: str
     size: int
     sha256: str
+
+    @property
+    def name(self) -> str:
+        """Path inside the dataset."""
+        return f"{CUBE}/{self.path}"
 
 
 def write_record(folder: Path, files: Iterable[CubeFile]) -> Json:

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from cromss_dist.data.store.cache import CachedFiles, ShardCache
-from cromss_dist.data.store.cube_reader import cube_of
+from cromss_dist.data.store.cube_reader import CubeIndex, cube_index, cube_of, cube_section
+from cromss_dist.data.store.cube_record import MAX_RECORD_BYTES, RECORD, parse_record
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.data.store.index import ShardIndex, shards_of
 from cromss_dist.data.store.remote import Remote
 from cromss_dist.data.store.stored import StoredDataset, read_stored
-from cromss_dist.errors import ConfigError, ShardError
+from cromss_dist.errors import ShardError
 
 Reader: TypeAlias = Literal["auto", "shards", "cube"]
 
@@ -25,7 +26,7 @@ def open_dataset(location: str | Path, cache: ShardCache | None = None, reader: 
     Raises:
         ShardError: it is no dataset, or something of it is missing, surplus or changed.
         DownloadError: manifest or index cannot be fetched.
-        ConfigError: the URL is none that can be read, or a cube is behind it.
+        ConfigError: the URL is none that can be read.
     """
     if "://" in str(location):
         return _open_remote(Remote(str(location)), cache or ShardCache(), reader)
@@ -38,14 +39,15 @@ def open_dataset(location: str | Path, cache: ShardCache | None = None, reader: 
     return shards_of(folder, stored)
 
 
-def _open_remote(remote: Remote, cache: ShardCache, reader: Reader) -> ShardIndex:
+def _open_remote(remote: Remote, cache: ShardCache, reader: Reader) -> ShardIndex | CubeIndex:
     def read(name: str, limit: int, sha256: str | None) -> bytes:
         return remote.read(name, limit) if sha256 is None else cache.read(remote, name, limit, sha256)
 
     stored = StoredDataset.parse(remote.url, read)
-    if reader == "cube" or not stored.entries:
-        raise ConfigError(
-            f"{remote.url}: cubes are read from local folders alone. Copy it to this machine, or write shards (tools/shard.py "
-            "--write both) and set data.reading.kind to shards."
-        )
+    if reader == "cube" or (reader == "auto" and not stored.entries):
+        sha256 = cube_section(stored)["record_sha256"]
+        recorded = parse_record(f"{remote.url}/{RECORD}", remote.read(RECORD, MAX_RECORD_BYTES), sha256)
+        return cube_index(stored, recorded, CachedFiles(remote, recorded, cache))
+    if not stored.entries:
+        raise ShardError(f"{remote.url} has no shards, only a cube; set reader to cube or auto.")
     return ShardIndex(stored.origin, stored.manifest, stored.tables, CachedFiles(remote, stored.entries, cache))

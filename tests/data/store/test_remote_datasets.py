@@ -223,10 +223,25 @@ def test_a_manifest_cannot_lead_out_of_its_folder(server: FileServer, folder: Pa
     assert not set(server.requests) - {"manifest.json", "index.safetensors"}
 
 
-def test_a_cube_behind_a_url_is_refused_with_what_to_do(tmp_path: Path, cache: ShardCache) -> None:
-    convert(FakeSource(3, spec_of(patch_px=12)), tmp_path / "cube", shard_size_mib=0.1, write="cube")
-    with pytest.raises(ConfigError, match=r"cubes are read from local folders alone\. Copy it"):
-        open_dataset((tmp_path / "cube").as_uri(), cache)
+def test_a_cube_behind_a_url_is_the_one_in_the_folder(tmp_path: Path, cache: ShardCache) -> None:
+    convert(FakeSource(3, spec_of(patch_px=12)), tmp_path / "cube", shard_size_mib=0.03, write="cube")
+    paths = [path for path in (tmp_path / "cube").rglob("*") if path.is_file()]
+    files = {path.relative_to(tmp_path / "cube").as_posix(): path.read_bytes() for path in paths}
+    with FileServer(files) as server:
+        dataset = open_dataset(server.url, cache)
+        assert server.requests == {"manifest.json": 1, "index.safetensors": 1, "cube.json": 1}
+        dataset.fetch(0)
+        fetched = {name: n for name, n in server.requests.items() if name.startswith("cube.zarr/")}
+        assert fetched == {f"cube.zarr/{name}/c.0.0.0.0{'' if name == 'label' else '.0'}": 1 for name in dataset.arrays}
+        assert_all_equal(dataset, open_dataset(tmp_path / "cube"))
+        for path in cache.folder.iterdir():
+            path.write_bytes(bytes(path.stat().st_size))
+        assert_all_equal(dataset, open_dataset(tmp_path / "cube"))
+        with pytest.raises(ShardError, match="no shards, only a cube"):
+            open_dataset(server.url, cache, reader="shards")
+        server.files["cube.json"] += b" "
+        with pytest.raises(ShardError, match=r"cube\.json is not the record"):
+            open_dataset(server.url, cache)
 
 
 def test_what_is_neither_a_folder_nor_a_url_says_so(tmp_path: Path) -> None:
