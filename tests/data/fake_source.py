@@ -71,7 +71,7 @@ class FakeSource:
             raise Rejected(self.rejected[key], f"s1/{key}/VV.tif", "it was made so for a test")
         if key in self.changed:
             raise InputChangedError(f"s1/{key}/VV.tif changed after the archive was opened.")
-        rng = np.random.default_rng([self.seed, *self.same_as.get(key, key).encode()])
+        rng = np.random.default_rng([self.seed, *self.same_as.get(key, key).encode(errors="surrogatepass")])
         arrays = {image.name: rng.integers(0, 256, self.spec.shape(image.name), dtype=np.uint8) for image in self.spec.images}
         for values in self.spec.values:
             drawn = rng.integers(0, len(values.values) + 1, self.spec.shape(values.name), dtype=np.uint8)
@@ -79,7 +79,7 @@ class FakeSource:
         return Sample(key, arrays, self._metadata(key), ("cropped",) if rng.integers(2) else ())
 
     def _metadata(self, key: str) -> Json:
-        place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:2])
+        place = int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:2])
         lon, lat = place / 65536 * 360 - 180, place % 1000 / 1000 * 160 - 80
         return {
             "key": key,

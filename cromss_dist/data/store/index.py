@@ -177,8 +177,12 @@ class ShardIndex(StoredDataset):
                 f"{name} needs a C-contiguous uint8 array of shape {self.shape(name)}, not {array.dtype} {array.shape}"
             )
         offset = int(self._tars.offsets[sample_id, layout.column]) + layout.block * first
+        try:
+            found = os.preadv(descriptor, [array.data], offset)
+        except OSError as error:
+            raise ShardError(f"{path}: sample {self.locations[sample_id]}, member {name}.npy: {error}. {MEND}") from error
         # A short read must be an error before the checksum is looked at: the array may hold the right bytes from before.
-        if (found := os.preadv(descriptor, [array.data], offset)) != array.nbytes:
+        if found != array.nbytes:
             raise ShardError(
                 f"{path}: sample {self.locations[sample_id]}, member {name}.npy, season {first + found // layout.block}: the "
                 f"file ends before it. {MEND}"

@@ -69,10 +69,10 @@ def places_of(metadata: Sequence[Json], num_seasons: int) -> Places:
     """Of samples, by their metadata."""
 
     def degrees(axis: str) -> npt.NDArray[np.float64]:
-        return np.array([np.nan if of[axis] is None else of[axis] for of in metadata], np.float64)
+        return np.array([np.nan if of.get(axis) is None else of[axis] for of in metadata], np.float64)
 
     def seconds(name: str) -> IntArray:
-        times = [to_seconds(season[name]) for of in metadata for season in of["seasons"]]
+        times = [to_seconds(season.get(name)) for of in metadata for season in of["seasons"]]
         return np.array(times, np.int64).reshape(len(metadata), num_seasons)
 
     return Places(degrees("lon"), degrees("lat"), seconds("s1_time"), seconds("s2_time"))

@@ -152,6 +152,6 @@ def read_stored(folder: Path) -> StoredDataset:
             what = "give a folder that tools/shard.py has written" if name == MANIFEST else "restore it"
             raise ShardError(f"{folder} has no {name}; {what}.")
         with path.open("rb") as file:
-            return file.read(limit + 1)
+            return file.read(min(limit, path.stat().st_size) + 1)  # memory for what is there, not for what is stated
 
     return StoredDataset.parse(str(folder), read)

@@ -22,6 +22,7 @@ from cromss_dist.data.store.cube_record import CUBE, RECORD
 from cromss_dist.data.store.cube_record import file_problems as cube_file_problems
 from cromss_dist.data.store.cube_record import read_record as read_cube_record
 from cromss_dist.data.store.cubes import CubeReader
+from cromss_dist.data.store.index_file import IndexTables
 from cromss_dist.data.store.shards import (
     LEDGER,
     MANIFEST,
@@ -34,6 +35,7 @@ from cromss_dist.data.store.shards import (
     read_record,
 )
 from cromss_dist.data.store.times import to_seconds
+from cromss_dist.data.store.verify_index import differs_from_metadata, differs_from_records, differs_from_rows, read_tables
 from cromss_dist.data.store.verify_tar import Problem, check_tar
 from cromss_dist.errors import InputChangedError, ShardError
 
@@ -107,6 +109,8 @@ class _Verifier:
         self.reader: CubeReader | None = None
         self.row_of: dict[str, int] = {}
         self.missing: set[str] = set()  # files of the cube
+        self.tables: IndexTables | None = None
+        self.sample_ids: dict[str, int] = {}
         report.digest = manifest["digest"]
 
     def run(self, source: Source | None, cube: bool) -> None:
@@ -117,6 +121,7 @@ class _Verifier:
             self.check_keys("the shards", [key for record in records.values() for key, _ in record], statuses)
         if cube and self.manifest["cube"] is not None:
             self.check_cube(statuses)
+        self.check_index(entries, records)
         if source is not None:
             source = self.check_source(source, statuses)
         if self.report.deep:
@@ -211,6 +216,17 @@ class _Verifier:
         if statuses is not None:
             self.check_keys("the cube's valid rows", [row.key for row in self.reader.rows if row.metadata is not None], statuses)
 
+    def check_index(self, entries: Sequence[ShardEntry], records: dict[str, Samples]) -> None:
+        """Whether the index says what records and cube say."""
+        tables = read_tables(self.folder, self.report.problems)
+        if tables is None:
+            return
+        self.tables = tables
+        self.sample_ids = {key: i for i, key in enumerate(tables.locations)}
+        self.report.problems += differs_from_records(tables, self.manifest, entries, records)
+        if self.reader is not None:
+            self.report.problems += differs_from_rows(tables, self.manifest, self.reader.rows)
+
     def check_source(self, source: Source, statuses: dict[str, str] | None) -> Source | None:
         """Whether the archive is one that these samples can come from; None if not."""
         stated = (self.manifest["arrays"], self.manifest["normalisation"], self.manifest["normalised_by"])
@@ -232,6 +248,8 @@ class _Verifier:
             self.report.bytes_read += entry.size
             record = records.get(entry.name, [])
             for key, metadata, arrays in check_tar(self.folder, entry, record, self.arrays, self.report.problems):
+                if self.tables is not None and metadata is not None and key in self.sample_ids:
+                    self.report.problems += differs_from_metadata(self.tables, self.sample_ids[key], metadata)
                 self.compare_cube(entry.name, key, metadata, arrays)
                 self.compare_source(source, entry.name, key, metadata, arrays)
                 self.progress("shards", done := done + 1, total)

@@ -1,9 +1,11 @@
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,9 @@ from cromss_dist.data.store import verify_tar
 from cromss_dist.data.store.cube_record import CUBE, RECORD, CubeFile, write_record
 from cromss_dist.data.store.cubes import write_rows
 from cromss_dist.data.store.index import open_shards
+from cromss_dist.data.store.index_file import INDEX, IndexTables, TarTables, tar_tables, write_index
 from cromss_dist.data.store.shards import MANIFEST, canonical, manifest_entries, read_manifest, read_record, write_manifest
+from cromss_dist.data.store.stored import read_stored
 from cromss_dist.data.store.verify import Report, verify
 from cromss_dist.errors import ShardError
 from tests.data.fake_source import FakeSource, spec_of
@@ -115,6 +119,10 @@ FAST: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "left-over": (".shard-000001.tar.0123.tmp", "is surplus", lambda d: (d / ".shard-000001.tar.0123.tmp").write_bytes(b"")),
     "malformed record": ("shard-000001.json", "is malformed", lambda d: change_record(d, 1, lambda r: r.update(samples=[{}]))),
     "short record": ("shard-000001.json", "lists 0 samples", lambda d: change_record(d, 1, lambda r: r["samples"].pop())),
+    "no index": (INDEX, "has no index.safetensors", lambda d: (d / INDEX).unlink()),
+    "flipped index": (INDEX, "is not the index", lambda d: flip(d / INDEX, 400)),
+    "cut index": (INDEX, "is not the index", lambda d: os.truncate(d / INDEX, 100)),
+    "other index": (INDEX, "does not fit", lambda d: change_index(d, lambda t: dataclasses.replace(t, cube_rows=None))),
     "no cube record": (RECORD, "is missing", lambda d: (d / RECORD).unlink()),
     "edited cube record": (RECORD, "is not the record", lambda d: edit(d / RECORD, b'"size":', b'"size" :')),
     "no cube": (f"{CUBE}/crs/c.0.0", "is missing", lambda d: shutil.rmtree(d / CUBE)),
@@ -147,6 +155,36 @@ def change_record(folder: Path, shard: int, change: Callable[[Json], object]) ->
     path.write_bytes(canonical(record))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     change_manifest(folder, lambda m: m["shards"][shard].update(record_sha256=digest))
+    with suppress(KeyError, ValueError):  # a malformed record has no place in an index
+        change_index(folder, lambda t: dataclasses.replace(t, tars=tars_of_records(folder)))
+
+
+def tars_of_records(folder: Path) -> TarTables:
+    """What a wrong writer, not a broken disk, would put into the index."""
+    manifest = read_manifest(folder)
+    tars = [vars(tar_tables(manifest["arrays"], read_record(folder, e))) for e in manifest_entries(folder, manifest)]
+    return TarTables(**{name: np.concatenate([tar[name] for tar in tars]) for name in tars[0]})
+
+
+def change_index(folder: Path, change: Callable[[IndexTables], IndexTables]) -> None:
+    """Edits the index and signs it."""
+    stated = write_index(folder, change(read_stored(folder).tables))
+    change_manifest(folder, lambda m: m.update(index=stated))
+
+
+def take_away(folder: Path, sink: Literal["shards", "cube"]) -> None:
+    """Leaves the other one alone."""
+    tables = read_stored(folder).tables
+    if sink == "cube":
+        shutil.rmtree(folder / CUBE)
+        (folder / RECORD).unlink()
+        stated = write_index(folder, dataclasses.replace(tables, cube_rows=None))
+        change_manifest(folder, lambda m: m.update(cube=None, index=stated))
+    else:
+        for path in folder.glob("shard-*"):
+            path.unlink()
+        stated = write_index(folder, dataclasses.replace(tables, tars=None))
+        change_manifest(folder, lambda m: m.update(shards=[], index=stated))
 
 
 @pytest.mark.parametrize("fault", FAST)
@@ -157,10 +195,56 @@ def test_the_fast_check_finds(dataset: Path, fault: str) -> None:
     assert any(what in problem.what for problem in problems), problems
 
 
+def nudged(tables: IndexTables, name: str) -> IndexTables:
+    """Another value for the second sample, 0000001."""
+
+    def nudge(values: np.ndarray) -> np.ndarray:
+        changed = values.copy()
+        changed[1] += 1
+        return changed
+
+    if name in vars(tables.places):
+        places = dataclasses.replace(tables.places, **{name: nudge(getattr(tables.places, name))})
+        return dataclasses.replace(tables, places=places)
+    assert tables.tars is not None
+    tars = dataclasses.replace(tables.tars, **{name: nudge(getattr(tables.tars, name))})
+    return dataclasses.replace(tables, tars=tars)
+
+
+@pytest.mark.parametrize("name", ["offsets", "checksums", "metadata_spans", "lon", "lat", "s1_time", "s2_time"])
+def test_a_sample_of_which_the_index_says_other_things_is_named_without_reading_pixels(dataset: Path, name: str) -> None:
+    change_index(dataset, lambda tables: nudged(tables, name))
+    problems = verify(dataset).problems
+    assert [(p.file, p.key) for p in problems] == [(INDEX, "0000001")]
+    assert problems[0].what.startswith(f"{name} of it are not those of")
+
+
+@pytest.mark.parametrize("name", ["lon", "s2_time"])
+def test_other_places_than_those_of_the_tars_are_named_by_the_deep_check(dataset: Path, name: str) -> None:
+    take_away(dataset, "cube")
+    change_index(dataset, lambda tables: nudged(tables, name))
+    assert verify(dataset).problems == []
+    assert [(p.file, p.key) for p in verify(dataset, deep=True).problems] == [(INDEX, "0000001")]
+
+
+def test_an_index_of_other_keys_rows_or_parts_of_a_cube_is_named(dataset: Path) -> None:
+    take_away(dataset, "shards")
+    whole = read_stored(dataset).tables
+    changed = {
+        "keys of it are not those of the cube": dataclasses.replace(whole, locations=("x", *whole.locations[1:])),
+        "has other rows of the cube": dataclasses.replace(whole, cube_rows=np.array([0, 1, 2, 3, 4, 5])),
+        "has other shard_sizes": dataclasses.replace(whole, shard_sizes=np.array([6])),
+    }
+    for what, tables in changed.items():
+        change_index(dataset, lambda _, tables=tables: tables)  # type: ignore[misc]
+        assert [(p.file, what in p.what) for p in verify(dataset).problems] == [(INDEX, True)]
+
+
 # Files whose loss is one problem: what hangs on them is passed over, not reported sample by sample, and the rest is read.
 LOST = {
     # What is lost: samples that can still be compared with cube and with source.
     "ledger.jsonl": (6, 6),
+    INDEX: (6, 6),
     "shard-000002.json": (4, 4),
     RECORD: (0, 6),
     f"{CUBE}/location/c.0": (0, 6),
@@ -201,7 +285,7 @@ def test_an_old_manifest_beside_new_tars_is_refused(dataset: Path, tmp_path: Pat
     convert(fake_source(seed=1), tmp_path / "new", write="both", shard_size_mib=SHARD_MIB, max_reject_fraction=1)
     shutil.copy(dataset / MANIFEST, tmp_path / "new" / MANIFEST)
     assert {problem.file for problem in verify(tmp_path / "new").problems} >= {"shard-000000.json", RECORD}
-    with pytest.raises(ShardError, match="not the manifest's"):
+    with pytest.raises(ShardError, match="not the index that the manifest was made with"):
         open_shards(tmp_path / "new")
 
 
@@ -426,16 +510,14 @@ def test_a_sample_that_the_ledger_does_not_know_is_named(dataset: Path) -> None:
 
 def test_a_sample_that_is_there_twice_is_named(dataset: Path) -> None:
     change_record(dataset, 2, lambda r: r["samples"][1].update(key="0000004"))
-    assert [(p.key, p.what) for p in verify(dataset).problems] == [
+    assert [(p.key, p.what) for p in verify(dataset).problems if p.file == "ledger.jsonl"] == [
         ("0000004", "the shards hold it 2 times"),
         ("0000005", "is written by the ledger, and the shards do not hold it"),
     ]
 
 
 def test_a_cube_alone_is_compared_with_the_source_and_without_one_is_not_decoded(dataset: Path) -> None:
-    for path in dataset.glob("shard-*"):
-        path.unlink()
-    change_manifest(dataset, lambda m: m.update(shards=[]))
+    take_away(dataset, "shards")
     calls: dict[str, tuple[int, int]] = {}
     verify(dataset, deep=True, progress=lambda what, done, total: calls.update({what: (done, total)}))
     assert calls == {"cube": (58, 58)}
@@ -488,7 +570,7 @@ def test_a_record_that_points_outside_its_tar_is_refused_and_the_rest_is_read(da
 
     change_record(dataset, 0, point_outside)
     report = verify(dataset, deep=True)
-    assert found(report)[:2] == [
+    assert [problem for problem in found(report) if problem[0].endswith(".tar")][:2] == [
         ("shard-000000.tar", "0000000", "s1", None),
         ("shard-000000.tar", "0000001", "json", None),
     ]
@@ -538,9 +620,7 @@ def assert_reads_right_pixels_or_none(folder: Path, source: FakeSource) -> None:
     ],
 )
 def test_every_damaged_tar_is_found_and_no_wrong_pixel_is_read(dataset: Path, kind: str, times: int) -> None:
-    shutil.rmtree(dataset / CUBE)
-    (dataset / RECORD).unlink()
-    change_manifest(dataset, lambda m: m.update(cube=None))
+    take_away(dataset, "cube")
     rng = np.random.default_rng(times)
     tars = sorted(dataset.glob("*.tar"))
     source = fake_source()
@@ -565,9 +645,7 @@ def test_every_damaged_tar_is_found_and_no_wrong_pixel_is_read(dataset: Path, ki
 @pytest.mark.parametrize("kind", ["deleted", "flipped", "truncated"])
 @pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_every_damaged_file_of_a_cube_is_found(dataset: Path, kind: str, times: int) -> None:
-    for path in dataset.glob("shard-*"):
-        path.unlink()
-    change_manifest(dataset, lambda m: m.update(shards=[]))
+    take_away(dataset, "shards")
     rng = np.random.default_rng(times)
     files = sorted(path for path in (dataset / CUBE).rglob("*") if path.is_file())
     missed = []
