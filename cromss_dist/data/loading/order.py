@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -251,37 +250,6 @@ class _Line:
             shuffled = np.argsort(hashes, kind="stable").astype(np.int32)
             self._windows[lane] = (epoch, window), shuffled
         return shuffled
-
-
-@lru_cache(maxsize=4)
-def permutation(num_samples: int, seed: int, epoch: int) -> IntArray:
-    """The order of one epoch: int64 (num_samples,), each of 0 .. num_samples - 1 once. Read-only, because cached."""
-    hashes = hash64(seed, 1, epoch, np.arange(num_samples))
-    order = np.argsort(hashes, kind="stable").astype(np.int64)
-    order.setflags(write=False)
-    return order
-
-
-def sample_line(positions: IntArray, num_samples: int, seed: int) -> tuple[IntArray, IntArray]:
-    """Reads the endless training line, in which epoch follows epoch without a gap, at `positions`.
-
-    No sample is dropped at the end of an epoch and any number of samples works with any batch size, so the state of a
-    loader is one integer: how many samples of the line were consumed.
-
-    Args:
-        positions: int64 (P,), ascending, 0 or more.
-        num_samples: Samples in the training set, at least 1.
-        seed: Of the run.
-
-    Returns:
-        Index of each sample in the training set and its epoch, both int64 (P,).
-    """
-    epochs = positions // num_samples
-    samples = np.empty_like(positions)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        samples[here] = permutation(num_samples, seed, int(epoch))[positions[here] % num_samples]
-    return samples, epochs
 
 
 @dataclass(frozen=True)

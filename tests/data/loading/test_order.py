@@ -48,7 +48,7 @@ def reference(sizes: tuple[int, ...], window: int, num_epochs: int, seed: int = 
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 8, 60, 61, 500])
-@pytest.mark.parametrize("sizes", [UNEVEN, (1,), (2, 0), (0, 0, 97), (1,) * 64, (9, 1) * 13])
+@pytest.mark.parametrize("sizes", [UNEVEN, (1,), (2, 0), (0, 0, 97), (1,) * 64, (9, 1) * 13, (150, 3, 0, 170)])
 def test_the_line_is_the_one_described(sizes: tuple[int, ...], window: int) -> None:
     order = of(sizes, window=window)
     place_by_place = [batch[0][1:] for batch in batches(order, 1, 3 * sum(sizes))]
@@ -142,7 +142,8 @@ def test_uneven_shards_give_full_batches_and_lose_less_than_one_an_epoch(size: i
         places = [place for batch in rows for _, of_epoch, place in batch if of_epoch == epoch]
         assert len(set(places)) == len(places) == order.epoch_samples
         left_out.append(frozenset(range(num_samples)) - set(places))
-    assert len(set(left_out)) == 3 or num_samples == order.epoch_samples  # others each epoch
+    assert len(set(left_out)) == 3  # others each epoch
+    assert of(UNEVEN, tail="drop", global_batch=120).epoch_samples == 120
 
 
 def test_fewer_shards_than_ranks_are_enough() -> None:
@@ -163,6 +164,7 @@ def test_padding_has_each_sample_once_with_weight_and_fills_up_with_none() -> No
         counted = np.concatenate([row.place[row.weight == 1] for row in rows])
         assert sorted(counted.tolist()) == list(range(120))
         assert [int((row.weight == 0).sum()) for row in rows] == [0, 0, 0, 8]
+    assert of(UNEVEN, tail="pad", global_batch=40).epoch_samples == 120
     tiny = of((3,), tail="pad", global_batch=8).stretch(8, 8)
     assert tiny.weight.sum() == 3
     assert set(tiny.epoch.tolist()) == {1}
@@ -177,23 +179,23 @@ def test_the_rest_of_an_epoch_is_carried_into_the_next() -> None:
 
 GOLDEN_SIZES = (700, 0, 1, 333, 250, 250, 466)
 GOLDEN = [
-    (0, 0, "c8f193ffdf6f8f5f"),
-    (0, 1, "86aa62f5026fbbe4"),
-    (1, 0, "6cda70961e1a4f6d"),
-    (42, 7, "14fdd72aac690077"),
-    (1099511627776, 100, "81902daf02009e08"),
+    (0, 0, "9ca153b407f427f7"),
+    (0, 1, "1da7a48d5de41614"),
+    (1, 0, "9b786989d2fed03b"),
+    (42, 7, "a49b2bef92e77a3c"),
+    (1099511627776, 100, "9a18742f9ddc781e"),
 ]
 
 
 @pytest.mark.parametrize(("seed", "epoch", "golden"), GOLDEN)
 def test_the_first_thousand_samples_have_their_golden_digest(seed: int, epoch: int, golden: str) -> None:
-    places = of(GOLDEN_SIZES, seed=seed, window=128).stretch(epoch * 2000, 1000).place
+    places = of(GOLDEN_SIZES, seed=seed, window=10).stretch(epoch * 2000, 1000).place
     assert hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()[:16] == golden
 
 
 def test_the_first_samples_are_the_golden_ones() -> None:
     # Where they change, the order has: count ORDER_VERSION up.
-    assert of(GOLDEN_SIZES, seed=0, window=128).stretch(0, 8).place.tolist() == [1511, 738, 95, 183, 581, 1542, 1792, 1143]
+    assert of(GOLDEN_SIZES, seed=0, window=10).stretch(0, 8).place.tolist() == [1291, 1316, 1348, 1381, 1413, 1450, 1480, 1515]
     assert of((10,), seed=0).stretch(0, 10).place.tolist() == [7, 8, 2, 1, 0, 5, 3, 4, 9, 6]
     mixed = of((10,), (10, 10), weights=(1, 2), seed=0).stretch(0, 8)
     assert mixed.source.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
