@@ -17,6 +17,7 @@ import pickle  # only to read what the published code writes, and what loader_in
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lmdb
@@ -26,10 +27,11 @@ import webdataset
 from scipy.ndimage import gaussian_filter
 from stopwatch import Batch, Settings, measure, parse
 from torch.nn.functional import affine_grid, grid_sample
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.data.loading.plan import Source, TrainPlan
+from cromss_dist.data.sample import Uint8Array
 from cromss_dist.data.store.index import open_shards
 from cromss_dist.data.store.open import Reader, open_dataset
 from cromss_dist.schema import LABEL_ARRAY, NUM_CLASSES
@@ -46,7 +48,8 @@ def read_bare(settings: Settings, reuse: bool = False) -> Iterator[Batch]:
     descriptors = [os.open(index.files.path(shard), os.O_RDONLY) for shard in range(len(index.shard_sizes))]
     shapes = {name: index.shape(name) for name in index.arrays}
     strides = [0 if name == LABEL_ARRAY else math.prod(shape) for name, shape in shapes.items()]
-    generator, pool, arrays = np.random.default_rng(0), ThreadPoolExecutor(settings.cores), []
+    generator, pool = np.random.default_rng(0), ThreadPoolExecutor(settings.cores)
+    arrays: list[Uint8Array] = []
 
     def fill(records: list[int], places: range) -> None:
         for place in places:
@@ -72,10 +75,10 @@ def read_ours(settings: Settings, reader: Reader = "shards", workers: int = 0) -
     """Our loader as a training run uses it: a thread a core, or a worker process a core."""
     dataset = open_dataset(settings.folder, reader=reader)
     plan = TrainPlan(sources=[Source(dataset)], seed=0, global_batch=settings.batch, micro_batch=settings.batch)
-    with TrainLoader(plan=plan, threads=1 if workers else settings.cores, workers=workers) as loader:
-        for batch in loader:
-            records = batch.sample_ids * dataset.num_seasons + batch.seasons
-            yield {"record": records, **batch.images, LABEL_ARRAY: batch.labels}
+    loader = TrainLoader(plan=plan, threads=1 if workers else settings.cores, workers=workers)
+    for batch in loader:
+        records = batch.sample_ids * dataset.num_seasons + batch.seasons
+        yield {"record": records, **batch.images, LABEL_ARRAY: batch.labels}
 
 
 def read_webdataset(settings: Settings) -> Iterator[Batch]:
@@ -91,13 +94,13 @@ def read_webdataset(settings: Settings) -> Iterator[Batch]:
             yield {"record": [int(key) for key in batch["__key__"]], **arrays}
 
 
-class Published:
+class Published(Dataset[dict[str, torch.Tensor]]):
     """A torch Dataset like the published code's: one location an item, one of its seasons drawn, all four read.
 
     Reference: CromSS, section IV-A, and ../shared/design/method.md.
     """
 
-    def __init__(self, folder: Any) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environments: dict[str, Any] = {}
         with lmdb.open(str(folder / "labels.lmdb"), readonly=True, lock=False) as environment:
@@ -106,7 +109,7 @@ class Published:
     def __len__(self) -> int:
         return int(self.length)
 
-    def _read(self, name: str, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _read(self, name: str, number: int) -> Uint8Array:
         if name not in self.environments:  # opened by the worker that reads
             path = str(self.folder / f"{name}.lmdb")
             self.environments[name] = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
@@ -132,7 +135,7 @@ class Published:
         values = torch.from_numpy(np.ascontiguousarray(layers))
         if float(torch.rand(())) < ROTATE_P:
             values = _rotate(values, (2 * float(torch.rand(())) - 1) * ROTATE_DEG)
-        image, prior, label = values.split([len(images), NUM_CLASSES, 1])
+        image, prior, label = torch.split(values, [len(images), NUM_CLASSES, 1])
         return {"record": torch.tensor(4 * number + season), "image": image, "prior": prior, LABEL_ARRAY: label[0].long()}
 
 

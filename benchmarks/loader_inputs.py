@@ -18,6 +18,7 @@ import hashlib
 import json
 import pickle  # only to write what the published code writes
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=0)
     options = parser.parse_args()
     source = Rolled(options.archive, options.locations)
-    steps = {
+    steps: dict[str, Callable[[Path], object]] = {
         "records": lambda out: save_records(source, out),
         "ours": lambda out: convert(source, out, write="both", shard_size_mib=SHARD_SIZE_MIB),
         "webdataset": lambda out: save_webdataset(options.out / "records", out),

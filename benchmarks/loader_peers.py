@@ -8,7 +8,7 @@ default decodes 256 items at a time and keeps them only until the next chunk is 
 with samples of this size; `litdata-tuned` has it decode one by one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ def read_litdata(settings: Settings, **options: Any) -> Iterator[Batch]:
     import litdata  # type: ignore[import-not-found]  # is in the other environment
 
     dataset = litdata.StreamingDataset(str(settings.folder), shuffle=True, drop_last=True, **options)
-    yield from _endless(litdata.StreamingDataLoader(dataset, batch_size=settings.batch, num_workers=_workers(settings)))
+    return _endless(litdata.StreamingDataLoader(dataset, batch_size=settings.batch, num_workers=_workers(settings)))
 
 
 def read_mds(settings: Settings) -> Iterator[Batch]:
@@ -33,7 +33,7 @@ def read_mds(settings: Settings) -> Iterator[Batch]:
     streaming.base.util.clean_stale_shared_memory()
     dataset = streaming.StreamingDataset(local=str(settings.folder), shuffle=True, batch_size=settings.batch)
     loader = streaming.StreamingDataLoader(dataset, batch_size=settings.batch, num_workers=_workers(settings), drop_last=True)
-    yield from _endless(loader)
+    return _endless(loader)
 
 
 def _endless(loader: Any) -> Iterator[Batch]:
@@ -48,7 +48,11 @@ def _workers(settings: Settings) -> int:
 
 def main() -> None:
     """Parses, reads, prints."""
-    ways = {"litdata": read_litdata, "litdata-tuned": partial(read_litdata, batch_decode=0), "mds": read_mds}
+    ways: dict[str, Callable[[Settings], Iterator[Batch]]] = {
+        "litdata": read_litdata,
+        "litdata-tuned": partial(read_litdata, batch_decode=0),
+        "mds": read_mds,
+    }
     way, settings = parse(tuple(ways), __doc__)
     torch.set_num_threads(1)
     measure(ways[way], settings)
