@@ -5,15 +5,19 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import google_crc32c
 import numcodecs
 import numpy as np
 import pytest
+import torch
 
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.conversion.plan import Sinks
+from cromss_dist.data.loading.loader import TrainLoader
+from cromss_dist.data.loading.plan import Source, TrainPlan
 from cromss_dist.data.sample import Uint8Array
 from cromss_dist.data.store.cube_reader import CHECKED, CubeIndex, cube_index, cube_of
 from cromss_dist.data.store.cube_record import CUBE, RECORD, read_record
@@ -22,6 +26,7 @@ from cromss_dist.data.store.index import LocalFiles
 from cromss_dist.data.store.open import open_dataset
 from cromss_dist.data.store.stored import read_stored
 from cromss_dist.errors import ShardError
+from cromss_dist.schema import Batch
 from tests.data.fake_source import FakeSource
 
 SOURCE = FakeSource(11, rejected={"0000001": "truncated", "0000005": "truncated"})
@@ -102,6 +107,20 @@ def test_an_appended_cube_is_read_past_its_padding(damaged: Path) -> None:
     dataset = cube(damaged)
     assert dataset.rows.tolist() == [0, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15]
     assert_is_the_source(dataset, FakeSource(keys=[*SOURCE.keys, *more.keys]))
+
+
+def test_batches_from_the_cube_are_those_from_the_shards(both: Path, alone: Path) -> None:
+    def batches(dataset: Dataset) -> list[Batch]:
+        plan = TrainPlan(sources=[Source(dataset)], seed=3, global_batch=4, micro_batch=4, window=4)
+        with TrainLoader(plan=plan) as loader:
+            return list(islice(loader, 5))  # more than an epoch
+
+    expected = batches(open_dataset(both, reader="shards"))
+    for dataset in (cube(both), cube(alone)):
+        for found, batch in zip(batches(dataset), expected, strict=True):
+            assert (found.keys, found.specs) == (batch.keys, batch.specs)
+            for name in ("sample_ids", "epochs", "seasons", "weights", "images", "labels", "reference"):
+                torch.testing.assert_close(getattr(found, name), getattr(batch, name), rtol=0, atol=0)
 
 
 def test_many_threads_read_the_same(alone: Path) -> None:
