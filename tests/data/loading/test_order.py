@@ -92,7 +92,7 @@ def random_schedule(rng: random.Random, end: int) -> list[tuple[int, int, int, i
     while consumed < end:
         size = rng.choice((4, 6, 8, 12, 24, 30, 48))
         world = rng.choice([n for n in range(1, size + 1) if size % n == 0 and n <= 8])
-        micro = rng.choice([n for n in range(1, size // world + 1) if size // world % n == 0 and size // n <= 16])
+        micro = rng.choice([n for n in range(1, size // world + 1) if size // world % n == 0 and size // n <= 8])
         runs.append((rng.randint(1, 8), size, world, micro, rng.randint(0, 3)))
         consumed += runs[-1][0] * size
     return runs
