@@ -13,11 +13,9 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
@@ -25,8 +23,8 @@ from safetensors.torch import save_file
 
 from cromss_dist import __version__
 from cromss_dist.config import BatchPlan, DataConfig, RunConfig, plan_batches
-from cromss_dist.data.loading.order import split
-from cromss_dist.data.store.index import ShardIndex, open_shards
+from cromss_dist.data.loading.run_data import RunData
+from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.errors import BandError, ConfigError, OutputExistsError, StorageError
 from cromss_dist.losses import CromssLoss
 from cromss_dist.models.encoder import check_encoder_name, stage_channels
@@ -72,35 +70,35 @@ class Preflight:
     """What is known about a run before it starts."""
 
     config: RunConfig
-    index: ShardIndex
-    train_ids: npt.NDArray[np.int64]
-    val_ids: npt.NDArray[np.int64]
+    data: RunData
     plan: BatchPlan
     timeline: Timeline
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> "Preflight":
-        """Opens the shards, splits them and does the arithmetic; starts nothing.
+        """Opens the datasets, splits them and does the arithmetic; starts nothing.
 
         Raises:
-            ShardError: the shards are missing or damaged.
+            ShardError: a dataset is missing or damaged.
+            DownloadError: a remote one cannot be fetched.
             BatchError: the batch does not divide over the ranks.
-            BandError: the shards have not all the bands that are asked for.
+            BandError: the datasets have not all the bands that are asked for.
             ConfigError: the crop is larger than a patch, the classes are not Dynamic World's, a validation season is not
-                there; the device, its precision or the encoder does not exist.
+                there, the filters leave too little; the device, its precision or the encoder does not exist.
         """
         plan = plan_batches(config.engine, world_size)
         resolve_precision(config.engine, choose_device(config.engine.device))
         check_encoder_name(config.model.encoder)
-        index = open_shards(Path(config.data.shards))
-        _check_data(config.data, index)
-        if config.data.crop_px > index.patch_px:
+        data = RunData.open(config.data, config.seed)
+        _check_data(config.data, data.dataset)
+        if config.data.crop_px > data.dataset.patch_px:
             raise ConfigError(
-                f"data.crop_px={config.data.crop_px} is larger than the {index.patch_px} px patches of {config.data.shards}; "
-                f"set data.crop_px to a multiple of {2**config.model.encoder_depth} up to {index.patch_px}."
+                f"data.crop_px={config.data.crop_px} is larger than the {data.dataset.patch_px} px patches of "
+                f"{_named(config.data)}; set data.crop_px to a multiple of {2**config.model.encoder_depth} up to "
+                f"{data.dataset.patch_px}."
             )
-        train_ids, val_ids = split(index.locations, config.data.val_fraction, config.seed)
-        return cls(config, index, train_ids, val_ids, plan, Timeline.of(config, len(train_ids)))
+        data.eval_plan(plan)
+        return cls(config, data, plan, Timeline.of(config, data.train_plan(plan).order.epoch_samples))
 
     def build_model(self) -> TwoBranchUNet:
         """The networks, with weights drawn from the run's seed."""
@@ -120,10 +118,9 @@ class Preflight:
                 to_yaml(self.config).rstrip(),
                 "---",
                 f"config digest       {self.config.digest}",
-                f"data                {self.config.data.shards}: {len(self.index)} locations, {self.index.patch_px} px, "
-                f"digest {self.index.digest[:12]}",
-                f"split               {len(self.train_ids)} locations to train on, {len(self.val_ids)} x "
-                f"{len(self.config.data.val_seasons)} seasons to validate on",
+                *(self._describe_source(number) for number in range(len(self.data.train))),
+                f"split               {self.data.num_train} locations to train on, {len(self.data.validation.ids)} held out: "
+                f"{len(self.data.eval_plan(plan).pairs)} seasons to validate on",
                 f"batch               {plan.global_batch} = micro batch {plan.micro_batch} x accumulation "
                 f"{plan.accumulation_steps} x world {plan.world_size}",
                 f"steps per epoch     {time.steps_per_epoch:.2f}",
@@ -134,26 +131,40 @@ class Preflight:
             ]
         )
 
+    def _describe_source(self, number: int) -> str:
+        location, source = list(self.config.data.weights)[number], self.data.train[number]
+        dataset = source.dataset
+        share = f", weight {source.weight:g}" if len(self.data.train) > 1 else ""
+        return (
+            f"data                {location}: {len(dataset.locations)} locations, {dataset.patch_px} px, digest "
+            f"{dataset.digest[:12]}{share}"
+        )
 
-def _check_data(data: DataConfig, index: ShardIndex) -> None:
-    """Whether the shards have the bands, seasons and classes that the run needs."""
+
+def _named(data: DataConfig) -> str:
+    """The datasets, as messages name them."""
+    return ", ".join(data.weights)
+
+
+def _check_data(data: DataConfig, dataset: Dataset) -> None:
+    """Whether the datasets have the bands, seasons and classes that the run needs."""
     wanted: dict[Modality, tuple[str, ...]] = {"s1": data.s1_bands, "s2": data.s2_bands}
     for modality, bands in wanted.items():
-        found = [band for spec in index.images if spec.modality == modality for band in spec.bands]
+        found = [band for spec in dataset.images if spec.modality == modality for band in spec.bands]
         if missing := [band for band in bands if band not in found]:
             raise BandError(
-                f"data.{modality}_bands asks for {', '.join(missing)}, which {data.shards} does not have; it has "
+                f"data.{modality}_bands asks for {', '.join(missing)}, which {_named(data)} does not have; it has "
                 f"{', '.join(found) or f'no {modality} band'}. Set data.{modality}_bands to some of these."
             )
-    if index.class_names != CLASS_NAMES:
+    if dataset.class_names != CLASS_NAMES:
         raise ConfigError(
-            f"{data.shards} has the label classes {', '.join(index.class_names)}; pretraining takes the {NUM_CLASSES} classes of "
-            "Dynamic World. Map the labels to them in the archive's description and shard it again."
+            f"{_named(data)} has the label classes {', '.join(dataset.class_names)}; pretraining takes the {NUM_CLASSES} classes "
+            "of Dynamic World. Map the labels to them in the archive's description and shard it again."
         )
-    if late := [season for season in data.val_seasons if season >= index.num_seasons]:
+    if late := [season for season in data.val_seasons if season >= dataset.num_seasons]:
         raise ConfigError(
-            f"data.val_seasons names season {late[0]}, and {data.shards} has {index.num_seasons}, counted from 0; set "
-            f"data.val_seasons to some of {list(range(index.num_seasons))}."
+            f"data.val_seasons names season {late[0]}, and {_named(data)} has {dataset.num_seasons}, counted from 0; set "
+            f"data.val_seasons to some of {list(range(dataset.num_seasons))}."
         )
 
 
@@ -195,7 +206,7 @@ def pretrain(config: RunConfig, run_dir: Path) -> RunSummary | None:
     model = preflight.build_model()
     engine = Engine(model, config.engine, config.train, preflight.plan, world)
     loss = CromssLoss(config.loss, reduce_sum=world.reduce_sum if world.size > 1 else None, world_size=world.size)
-    trainer = Pretraining(config, preflight.plan, world, preflight.index, preflight.train_ids, preflight.val_ids, engine, loss)
+    trainer = Pretraining(config, preflight.plan, preflight.timeline, world, preflight.data, engine, loss)
     try:
         if not world.is_main:
             trainer.run(None)
@@ -213,8 +224,8 @@ def pretrain(config: RunConfig, run_dir: Path) -> RunSummary | None:
                 run_dir=str(run_dir),
                 run_id=record.tracker.run_id,
                 tracking_uri=tracking_uri_of(config),
-                num_train=len(preflight.train_ids),
-                num_val=len(preflight.val_ids),
+                num_train=preflight.data.num_train,
+                num_val=len(preflight.data.validation.ids),
                 samples=preflight.timeline.total_samples,
                 samples_per_s=trainer.samples_per_s,
                 before=first.metrics(),
@@ -258,7 +269,7 @@ def report(summary: RunSummary, console: Console) -> None:
 @contextmanager
 def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path) -> Iterator[Record]:
     """The record of a run, which ends as FINISHED or FAILED with the block."""
-    config, index = preflight.config, preflight.index
+    config = preflight.config
     tags = {
         "config_digest": config.digest,
         "git_revision": git_revision(),
@@ -272,7 +283,8 @@ def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path
         try:
             tracker.log_params(config.to_dict())
             tracker.log_text(to_yaml(config), CONFIG_FILE)
-            tracker.log_dataset(Path(config.data.shards).name, index.digest, config.data.shards)
+            for location, source in zip(config.data.weights, preflight.data.train, strict=True):
+                tracker.log_dataset(PurePosixPath(location).name, source.dataset.digest, location)
             record.event("stage", text=f"run folder {run_dir}")
             record.event("stage", text=f"{world.size} x {world.device.type}, {engine.precision}, run {tracker.run_id}")
             record.event("start", total_samples=preflight.timeline.total_samples, run_id=tracker.run_id)
@@ -305,7 +317,7 @@ def _write_package(
     card = EncoderCard(
         modality=modality,
         bands=bands,
-        normalisation=preflight.index.normalisation(modality).select(bands),
+        normalisation=preflight.data.dataset.normalisation(modality).select(bands),
         encoder=config.model.encoder,
         depth=config.model.encoder_depth,
         in_channels=len(bands),
@@ -313,7 +325,7 @@ def _write_package(
         strides=strides,
         fusion=config.model.fusion,
         config_digest=config.digest,
-        manifest_digest=preflight.index.digest,
+        manifest_digest=preflight.data.dataset.digest,
         run_id=record.tracker.run_id,
         git_revision=git_revision(),
         versions={"cromss_dist": __version__} | {name: version(name) for name in _VERSIONED},
@@ -331,7 +343,10 @@ def _recipe(config: RunConfig) -> dict[str, Any]:
     content = {
         key: value for key, value in config.to_dict().items() if key in ("seed", "data", "model", "loss", "train", "engine")
     }
-    del content["data"]["shards"]
+    content["data"]["weights"] = list(config.data.weights.values())
+    for name in ("shards", "reading"):
+        del content["data"][name]
+    del content["data"]["filter"]["quality"]
     return content
 
 

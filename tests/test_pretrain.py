@@ -35,14 +35,19 @@ def test_relative_paths_become_absolute_for_workers(monkeypatch: pytest.MonkeyPa
         assert tracking_uri_of(elsewhere) == absolute
 
 
-def test_the_split_is_by_location_and_every_run_of_a_seed_has_the_same(synthetic_shards: Path) -> None:
+def test_every_world_and_run_of_a_seed_has_the_same_split(synthetic_shards: Path) -> None:
     arguments = ["--data.shards", str(synthetic_shards), "--data.crop_px", "64", "--data.val_fraction", "0.25"]
-    first, again = (Preflight.of(parse_run(arguments).config, world_size=world) for world in (1, 2))
-    assert len(first.val_ids) == 3
-    assert sorted([*first.train_ids, *first.val_ids]) == list(range(12))
-    assert np.array_equal(first.val_ids, again.val_ids)
-    other = Preflight.of(parse_run([*arguments, "--seed", "7"]).config, world_size=1)
-    assert not np.array_equal(first.val_ids, other.val_ids)
+    first, again = (Preflight.of(parse_run(arguments).config, world_size=world).data for world in (1, 2))
+    assert np.array_equal(first.validation.ids, again.validation.ids)
+    assert (first.num_train, len(first.validation.ids)) == (9, 3)
+
+
+def test_tails_make_epochs_of_whole_batches(synthetic_shards: Path) -> None:
+    arguments = ["--data.shards", str(synthetic_shards), "--data.crop_px", "64", "--engine.global_batch", "4"]
+    lengths = {}
+    for tail in ("carry", "drop", "pad"):
+        lengths[tail] = Preflight.of(parse_run([*arguments, "--data.tail", tail]).config, world_size=2).timeline.steps_per_epoch
+    assert lengths == {"carry": 11 / 4, "drop": 2, "pad": 3}
 
 
 def test_the_crop_must_fit_the_patches(synthetic_shards: Path) -> None:

@@ -15,7 +15,7 @@ from cromss_dist.config import BatchPlan, RunConfig
 from cromss_dist.data.loading.augment import eval_geometry, prepare, train_geometry
 from cromss_dist.data.loading.loader import EvalLoader, TrainLoader
 from cromss_dist.data.loading.order import draws
-from cromss_dist.data.store.index import ShardIndex
+from cromss_dist.data.loading.run_data import RunData
 from cromss_dist.errors import TrainingError
 from cromss_dist.losses import CromssLoss
 from cromss_dist.schema import MODALITIES, REFERENCE_ARRAY, Batch, Example, Modality
@@ -57,10 +57,9 @@ class Pretraining:
     Args:
         config: The whole run.
         plan: Batch arithmetic.
+        timeline: Steps and intervals.
         world: This process among the others.
-        index: The shards.
-        train_ids: int64 (N,), locations to train on; the same on every rank.
-        val_ids: int64 (M,), locations held out.
+        data: What is trained on and what is held out.
         engine: Model and optimiser.
         loss: CromSS.
     """
@@ -69,21 +68,19 @@ class Pretraining:
         self,
         config: RunConfig,
         plan: BatchPlan,
+        timeline: Timeline,
         world: World,
-        index: ShardIndex,
-        train_ids: np.ndarray,
-        val_ids: np.ndarray,
+        data: RunData,
         engine: Engine,
         loss: CromssLoss,
     ) -> None:
-        self.config, self.plan, self.world = config, plan, world
-        self.index, self.train_ids, self.val_ids = index, train_ids, val_ids
-        self.engine, self.loss = engine, loss
-        self.timeline = Timeline.of(config, len(train_ids))
+        self.config, self.plan, self.timeline, self.world = config, plan, timeline, world
+        self.data, self.engine, self.loss = data, engine, loss
+        self.patch_px = data.dataset.patch_px
         self.plateau = Plateau(config.train)
         side = 2**config.model.encoder_depth
         self.samples_per_s = 0.0  # of the last interval that was logged; the run's throughput once warmed up
-        self.val_crop_px = index.patch_px // side * side
+        self.val_crop_px = self.patch_px // side * side
 
     def run(self, record: Record | None) -> tuple[Validation, Validation]:
         """Trains to the end.
@@ -100,8 +97,7 @@ class Pretraining:
         train, timeline = self.config.train, self.timeline
         first = last = self.validate(0, record)
         meter = Meter()
-        with self._train_loader() as loader:
-            batches = iter(loader)
+        with self._train_loader() as batches:
             for step in range(1, timeline.total_steps + 1):
                 samples = (step - 1) * timeline.global_batch
                 self.engine.lr = train.lr * lr_factor(train, timeline, samples) * self.plateau.factor
@@ -112,7 +108,7 @@ class Pretraining:
                     self._micro_step(batch, timeline.epochs(samples), meter)
                 samples += timeline.global_batch
                 if step % train.log_every_steps == 0 or step == timeline.total_steps:
-                    self._log(meter, step, samples, record)
+                    self._log(meter, step, samples, len(batches.replaced), record)
                 if timeline.validates_after(step):
                     last = self.validate(step, record)
                     self.plateau.update(last.losses["total"])
@@ -120,17 +116,27 @@ class Pretraining:
         return first, last
 
     def _train_loader(self) -> TrainLoader:
-        data = self.config.data
+        reading = self.config.data.reading
         return TrainLoader(
-            self.index,
-            self.train_ids,
-            seed=self.config.seed,
-            global_batch=self.plan.global_batch,
-            micro_batch=self.plan.micro_batch,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            threads=data.reading.threads,
-            prefetch=data.reading.prefetch_batches,
+            plan=self.data.train_plan(self.plan, self.world.rank),
+            threads=reading.threads,
+            workers=reading.workers,
+            prefetch=reading.prefetch_batches,
+            lookahead=reading.lookahead_batches,
+            timeout_s=reading.timeout_s,
+            on_corrupt=reading.on_corrupt,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def _eval_loader(self) -> EvalLoader:
+        reading = self.config.data.reading
+        return EvalLoader(
+            plan=self.data.eval_plan(self.plan, self.world.rank),
+            threads=reading.threads,
+            prefetch=reading.prefetch_batches,
+            lookahead=reading.lookahead_batches,
+            timeout_s=reading.timeout_s,
+            pin_memory=self.world.device.type == "cuda",
         )
 
     def _micro_step(self, batch: Batch, progress_epochs: float, meter: Meter) -> None:
@@ -143,11 +149,14 @@ class Pretraining:
     def _example(self, batch: Batch) -> Example:
         data, loss = self.config.data, self.config.loss
         drawn = draws(self.config.seed, batch.epochs.numpy(), batch.sample_ids.numpy())
-        geometry = train_geometry(drawn, self.index.patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
+        geometry = train_geometry(drawn, self.patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
         return prepare(batch, geometry, data.s1_bands, data.s2_bands, loss.prior, self.world.device)
 
-    def _log(self, meter: Meter, step: int, samples: int, record: Record | None) -> None:
+    def _log(self, meter: Meter, step: int, samples: int, num_replaced: int, record: Record | None) -> None:
         values = meter.read(self.world, self.plan.micro_batch)
+        if self.config.data.reading.on_corrupt == "replace":
+            replaced = torch.tensor([num_replaced], dtype=torch.float64, device=self.world.device)
+            values["data/replaced_samples"] = float(self.world.reduce_sum(replaced))
         _require_finite("training", values["train/loss/total"], step)
         self.samples_per_s = values["perf/samples_per_s"]
         values["train/lr"] = self.engine.lr
@@ -166,7 +175,7 @@ class Pretraining:
         """
         data, device = self.config.data, self.world.device
         samples = step * self.timeline.global_batch
-        has_reference = REFERENCE_ARRAY in self.index.arrays
+        has_reference = REFERENCE_ARRAY in self.data.dataset.arrays
         matrices = {m: ConfusionMatrix(device) for m in MODALITIES}
         reference_matrices = {m: ConfusionMatrix(device) for m in MODALITIES}
         sums: Tensor | None = None
@@ -175,19 +184,9 @@ class Pretraining:
         num_panel_batches = math.ceil(self.config.train.panel_samples * len(data.val_seasons) / self.plan.micro_batch)
         self.engine.average_running_statistics()
         self.engine.train(False)
-        loader = EvalLoader(
-            self.index,
-            self.val_ids,
-            seasons=data.val_seasons,
-            micro_batch=self.plan.micro_batch,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            threads=data.reading.threads,
-            prefetch=data.reading.prefetch_batches,
-        )
-        with loader:
+        with self._eval_loader() as loader:
             for number, batch in enumerate(loader):
-                geometry = eval_geometry(len(batch.keys), self.index.patch_px, self.val_crop_px)
+                geometry = eval_geometry(len(batch.keys), self.patch_px, self.val_crop_px)
                 example = prepare(batch, geometry, data.s1_bands, data.s2_bands, "none", device)
                 logits = dict(zip(MODALITIES, self.engine.forward(example.s1, example.s2), strict=True))
                 part = self.loss.validation_sums(logits["s1"], logits["s2"], example.label, example.weights)
@@ -225,8 +224,8 @@ class Pretraining:
     ) -> list[PanelSample]:
         """Rows of the prediction panel, one season a location if there are enough; a collective call where the loss is global."""
         seasons = self.config.data.val_seasons
-        one_season_each = len(self.val_ids) >= self.config.train.panel_samples
-        places = np.searchsorted(self.val_ids, batch.sample_ids.numpy())
+        one_season_each = len(self.data.validation.ids) >= self.config.train.panel_samples
+        places = np.searchsorted(self.data.validation.ids, batch.sample_ids.numpy())
         out = self.loss(logits["s1"], logits["s2"], example.label, None, progress_epochs, example.weights)
 
         def array(values: Tensor, sample: int) -> np.ndarray:

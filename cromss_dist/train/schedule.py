@@ -18,20 +18,20 @@ class Timeline:
     Steps are rounded so that at least one is taken; `total_samples` is what the steps really consume.
     """
 
-    num_train: int  # locations of one epoch
+    epoch_samples: int  # of the training line
     global_batch: int
     total_steps: int
     validate_every_steps: int
 
     @classmethod
-    def of(cls, config: RunConfig, num_train: int) -> "Timeline":
-        """The timeline of a config on `num_train` training locations."""
+    def of(cls, config: RunConfig, epoch_samples: int) -> "Timeline":
+        """The timeline of a config whose epochs have `epoch_samples` samples."""
         batch = config.engine.global_batch
 
         def steps(epochs: float) -> int:
-            return max(1, round(epochs * num_train / batch))
+            return max(1, round(epochs * epoch_samples / batch))
 
-        return cls(num_train, batch, steps(config.train.epochs), steps(config.train.validate_every_epochs))
+        return cls(epoch_samples, batch, steps(config.train.epochs), steps(config.train.validate_every_epochs))
 
     def validates_after(self, step: int) -> bool:
         """Whether a validation follows step 1 .. total_steps: at each interval and at the end, but not twice in a row there."""
@@ -45,12 +45,12 @@ class Timeline:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimiser steps an epoch; not whole in general, since batches run on over the end of an epoch."""
-        return self.num_train / self.global_batch
+        """Optimiser steps an epoch; not whole where batches run on over the end of an epoch."""
+        return self.epoch_samples / self.global_batch
 
     def epochs(self, samples: int) -> float:
         """Progress in epochs after `samples`."""
-        return samples / self.num_train
+        return samples / self.epoch_samples
 
 
 def lr_factor(train: TrainConfig, timeline: Timeline, samples: int) -> float:
@@ -59,7 +59,7 @@ def lr_factor(train: TrainConfig, timeline: Timeline, samples: int) -> float:
     Returns:
         The factor of `train.lr`, in [0, 1]. The first step of a warm-up is not 0.
     """
-    warmup = train.warmup_epochs * timeline.num_train
+    warmup = train.warmup_epochs * timeline.epoch_samples
     if samples < warmup:
         return min(1.0, (samples + timeline.global_batch) / warmup)
     if train.schedule == "plateau":

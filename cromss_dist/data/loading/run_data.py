@@ -1,0 +1,119 @@
+"""What a run trains on and what it holds out, from its config."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from cromss_dist.config import BatchPlan, DataConfig
+from cromss_dist.data.loading.order import split
+from cromss_dist.data.loading.plan import EvalPlan, Source, TrainPlan
+from cromss_dist.data.loading.selection import Selection, select
+from cromss_dist.data.store.cache import ShardCache
+from cromss_dist.data.store.collection import Collection
+from cromss_dist.data.store.dataset import Dataset
+from cromss_dist.data.store.open import open_dataset
+from cromss_dist.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """The datasets of a run, split: the same on every rank.
+
+    Args:
+        config: What the run's config says of them.
+        seed: Of the run.
+        train: What to train on, a source for each dataset.
+        held_out: The locations held out of each.
+    """
+
+    config: DataConfig
+    seed: int
+    train: tuple[Source, ...]
+    held_out: tuple[Selection, ...]
+
+    @classmethod
+    def open(cls, config: DataConfig, seed: int) -> "RunData":
+        """Opens the datasets, filters them and holds out `val_fraction` of what is left of each.
+
+        Raises:
+            ShardError: a dataset is missing or damaged.
+            DownloadError: it is remote and cannot be fetched.
+            ConfigError: the filters leave too little, or the datasets do not go together.
+        """
+        reading, filters = config.reading, config.filter
+        cache = ShardCache(Path(reading.cache), reading.cache_gib) if reading.cache else ShardCache(limit_gib=reading.cache_gib)
+        tables = _quality_tables(filters.quality, len(config.weights))
+        train, held_out = [], []
+        for (location, weight), quality in zip(config.weights.items(), tables, strict=True):
+            dataset = open_dataset(location, cache, reading.kind)
+            known = partial(
+                select,
+                dataset,
+                region=filters.region,
+                max_cloud_share=filters.max_cloud_share,
+                max_nodata_share=filters.max_nodata_share,
+                max_shift_px=filters.max_shift_px,
+                quality=quality,
+            )
+            usable = known()
+            train_places, val_places = split([dataset.locations[i] for i in usable.ids], config.val_fraction, seed)
+            drawn = usable if filters.seasons is None else known(seasons=filters.seasons)
+            places = np.flatnonzero(np.isin(drawn.ids, usable.ids[train_places])).astype(np.int64)
+            train.append(Source(dataset, drawn.take(places), weight))
+            held_out.append(usable.take(val_places))
+        return cls(config, seed, tuple(train), tuple(held_out))
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """All of it as one."""
+        return self.train[0].dataset if len(self.train) == 1 else Collection(tuple(source.dataset for source in self.train))
+
+    @cached_property
+    def validation(self) -> Selection:
+        """The locations held out, in the ids of `dataset`; also the seasons that training does not draw from."""
+        starts = np.cumsum([0, *(len(source.dataset.locations) for source in self.train)])
+        ids = np.concatenate([part.ids + start for part, start in zip(self.held_out, starts, strict=False)])
+        return Selection(ids, np.concatenate([part.seasons for part in self.held_out]))
+
+    @property
+    def num_train(self) -> int:
+        """Locations trained on."""
+        return sum(len(source.selection.ids) for source in self.train if source.selection)
+
+    def train_plan(self, batches: BatchPlan, rank: int = 0) -> TrainPlan:
+        """What a rank trains on, and when. Raises as `TrainPlan` does."""
+        return TrainPlan(
+            sources=self.train,
+            seed=self.seed,
+            global_batch=batches.global_batch,
+            micro_batch=batches.micro_batch,
+            rank=rank,
+            world_size=batches.world_size,
+            window=self.config.window,
+            tail=self.config.tail,
+        )
+
+    def eval_plan(self, batches: BatchPlan, rank: int = 0) -> EvalPlan:
+        """What a rank scores. Raises as `EvalPlan` does."""
+        return EvalPlan(
+            dataset=self.dataset,
+            selection=self.validation,
+            seasons=self.config.val_seasons,
+            micro_batch=batches.micro_batch,
+            rank=rank,
+            world_size=batches.world_size,
+        )
+
+
+def _quality_tables(paths: Sequence[str], num_datasets: int) -> list[Path | None]:
+    if not paths:
+        return [None] * num_datasets
+    if len(paths) != num_datasets:
+        raise ConfigError(
+            f"data.filter.quality names {len(paths)} tables for {num_datasets} datasets; give the quality.csv of each, "
+            "in their order."
+        )
+    return [Path(path) for path in paths]
