@@ -113,11 +113,7 @@ class ShardIndex(StoredDataset):
         if not (0 <= sample_id < len(self) and 0 <= season < self.num_seasons):
             raise IndexError(f"sample {sample_id}, season {season} of {len(self)} samples of {self.num_seasons} seasons")
 
-        def fill(descriptor: int, path: Path) -> None:
-            for name, array in arrays.items():
-                self._fill(descriptor, path, sample_id, season, name, array)
-
-        self._with_file(sample_id, fill)
+        self._with_file(sample_id, lambda descriptor, path: self._fill(descriptor, path, sample_id, season, arrays))
 
     def read(self, sample_id: int, season: int, arrays: Sequence[str]) -> dict[str, Uint8Array]:
         """Like `read_into`, with new arrays: for tools and reports.
@@ -141,9 +137,7 @@ class ShardIndex(StoredDataset):
         def read(descriptor: int, path: Path) -> Json:
             data = os.pread(descriptor, size, offset)
             if google_crc32c.value(data) != checksum:
-                raise ShardError(
-                    f"{path}: sample {self.locations[sample_id]}, member json: the bytes do not match their CRC-32C. {MEND}"
-                )
+                raise self._damaged(path, sample_id, "json", "the bytes do not match their CRC-32C")
             return parse_object(path, data)
 
         return self._with_file(sample_id, read)
@@ -169,31 +163,29 @@ class ShardIndex(StoredDataset):
         finally:
             os.close(descriptor)
 
-    def _fill(self, descriptor: int, path: Path, sample_id: int, season: int, name: str, array: Uint8Array) -> None:
-        layout = self._layout[name]
-        first, count = (season, 1) if layout.all_seasons is None else (0, layout.all_seasons)
-        if array.dtype != np.uint8 or array.nbytes != layout.block * count or not array.flags.c_contiguous:
-            raise ValueError(
-                f"{name} needs a C-contiguous uint8 array of shape {self.shape(name)}, not {array.dtype} {array.shape}"
-            )
-        offset = int(self._tars.offsets[sample_id, layout.column]) + layout.block * first
-        try:
-            found = os.preadv(descriptor, [array.data], offset)
-        except OSError as error:
-            raise ShardError(f"{path}: sample {self.locations[sample_id]}, member {name}.npy: {error}. {MEND}") from error
-        # A short read must be an error before the checksum is looked at: the array may hold the right bytes from before.
-        if found != array.nbytes:
-            raise ShardError(
-                f"{path}: sample {self.locations[sample_id]}, member {name}.npy, season {first + found // layout.block}: the "
-                f"file ends before it. {MEND}"
-            )
-        stated = self._tars.checksums[sample_id, layout.column]
-        for i, block in enumerate(array.reshape(count, layout.block), start=first):
-            if google_crc32c.value(block) != stated[i]:
-                raise ShardError(
-                    f"{path}: sample {self.locations[sample_id]}, member {name}.npy, season {i}: the bytes do not match their "
-                    f"CRC-32C. {MEND}"
-                )
+    def _fill(self, descriptor: int, path: Path, sample_id: int, season: int, arrays: Mapping[str, Uint8Array]) -> None:
+        offsets, checksums = self._tars.offsets[sample_id].tolist(), self._tars.checksums[sample_id].tolist()
+        for name, array in arrays.items():
+            layout = self._layout[name]
+            seasons = range(season, season + 1) if layout.all_seasons is None else range(layout.all_seasons)
+            if array.dtype != np.uint8 or array.nbytes != layout.block * len(seasons) or not array.flags.c_contiguous:
+                wanted = f"a C-contiguous uint8 array of shape {self.shape(name)}"
+                raise ValueError(f"{name} needs {wanted}, not {array.dtype} {array.shape}")
+            try:
+                found = os.preadv(descriptor, [array.data], offsets[layout.column] + layout.block * seasons.start)
+            except OSError as error:
+                raise self._damaged(path, sample_id, f"{name}.npy", str(error)) from error
+            # A short read must be an error before checksums are looked at: the array may hold the right bytes from before.
+            if found != array.nbytes:
+                member = f"{name}.npy, season {seasons[found // layout.block]}"
+                raise self._damaged(path, sample_id, member, "the file ends before it")
+            for stored_season, block in zip(seasons, array.reshape(-1, layout.block), strict=True):
+                if google_crc32c.value(block) != checksums[layout.column][stored_season]:
+                    member = f"{name}.npy, season {stored_season}"
+                    raise self._damaged(path, sample_id, member, "the bytes do not match their CRC-32C")
+
+    def _damaged(self, path: Path, sample_id: int, member: str, what: str) -> ShardError:
+        return ShardError(f"{path}: sample {self.locations[sample_id]}, member {member}: {what}. {MEND}")
 
 
 def open_shards(folder: str | Path) -> ShardIndex:
