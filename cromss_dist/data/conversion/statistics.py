@@ -1,21 +1,40 @@
 """Exact counts over the pixels of many samples: sums of integers, so that no order of adding them changes a digit."""
 
+import math
+from functools import lru_cache
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.sample import Json, Sample, SampleSpec
+from cromss_dist.data.sample import Json, Sample, SampleSpec, Uint8Array
 from cromss_dist.schema import IGNORE
 
 UNITS = "stored uint8, 0-255"
 IGNORED = "ignored"
 
 
-def _band_sums(pixels: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
-    """Sum of each band, int64 (band,), of pixels (season, band, H, W): rows first, whose sums fit into 32 bits."""
-    sums: npt.NDArray[np.int64] = pixels.sum(axis=-1, dtype=np.uint32).sum(axis=(0, 2), dtype=np.int64)
-    return sums
+MAX_EXACT = 256  # 255**2 times this is below 2**24, up to where float32 has every integer
+
+
+def _sums(pixels: Uint8Array, scratch: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Sum of values and of their squares, int64 (band,), of pixels (band, H, W).
+
+    As float32, whose products BLAS sums some times faster than NumPy sums integers; in rows so short that no order of adding
+    rounds anything. `scratch` holds them: fresh memory for each would cost as much again.
+    """
+    ones = _row(pixels[0].size)
+    rows = pixels.reshape(len(pixels), -1, len(ones))
+    values = scratch[: pixels.size].reshape(rows.shape)
+    np.copyto(values, rows)
+    first, second = (np.vecdot(values, other).sum(axis=-1, dtype=np.float64) for other in (ones, values))
+    return first.astype(np.int64), second.astype(np.int64)
+
+
+@lru_cache
+def _row(num_pixels: int) -> npt.NDArray[np.float32]:
+    """Ones, as many as the longest row that divides a band."""
+    return np.ones(max(length for length in range(1, MAX_EXACT + 1) if num_pixels % length == 0), np.float32)
 
 
 class Statistics:
@@ -32,6 +51,7 @@ class Statistics:
         self.class_counts = np.zeros((spec.num_seasons, len(self.classes.values) + 1), np.int64)
         # int64 (bands, 3) an array: pixels, sum of values, sum of squares
         self.moments = {image.name: np.zeros((len(image.bands), 3), np.int64) for image in spec.images}
+        self._scratch = np.empty(max(math.prod(spec.shape(image.name)[1:]) for image in spec.images), np.float32)
 
     def add(self, sample: Sample) -> None:
         """Counts one sample."""
@@ -39,11 +59,11 @@ class Statistics:
             counts = np.bincount(label.ravel(), minlength=256)
             self.class_counts[season] += np.append(counts[: len(self.classes.values)], counts[IGNORE])
         for name, moments in self.moments.items():
-            pixels = sample.arrays[name].astype(np.uint16)  # holds the square of a uint8
-            moments[:, 0] += pixels.size // len(moments)
-            moments[:, 1] += _band_sums(pixels)
-            pixels *= pixels
-            moments[:, 2] += _band_sums(pixels)
+            moments[:, 0] += sample.arrays[name].size // len(moments)
+            for season in sample.arrays[name]:
+                values, squares = _sums(season, self._scratch)
+                moments[:, 1] += values
+                moments[:, 2] += squares
 
     def __iadd__(self, other: Self) -> Self:
         self.class_counts += other.class_counts
