@@ -91,7 +91,7 @@ def select(
     _check_filters(dataset.num_seasons, seasons, region)
     limits = {"max_cloud_share": max_cloud_share, "max_nodata_share": max_nodata_share, "max_shift_px": max_shift_px}
     _check_limits(limits, quality)
-    allowed = np.ones((len(dataset.locations), dataset.num_seasons), bool)
+    allowed = np.ones((int(dataset.shard_sizes.sum()), dataset.num_seasons), bool)
     taken: dict[str, int] = {}
 
     def keep(name: str, passes: BoolArray) -> None:

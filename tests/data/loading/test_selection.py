@@ -8,7 +8,9 @@ import pytest
 from cromss_dist.data.loading.order import draws, split
 from cromss_dist.data.loading.selection import Region, Selection, draw_seasons, select
 from cromss_dist.data.reporting.quality import Quality, write_csv
+from cromss_dist.data.reporting.report import measure
 from cromss_dist.data.store.dataset import Places
+from cromss_dist.data.store.open import open_dataset
 from cromss_dist.errors import ConfigError
 from tests.data.fake_dataset import FakeDataset
 
@@ -179,6 +181,15 @@ def test_a_damaged_table_is_refused(
     quality.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=message):
         select(DATASET, max_cloud_share=1, quality=quality)
+
+
+def test_the_table_that_the_report_writes_of_a_dataset_is_read(synthetic_shards: Path, tmp_path: Path) -> None:
+    locations = measure(synthetic_shards, sample=None, seed=0, workers=1)
+    write_csv(tmp_path / "quality.csv", [row for rows in locations for row in rows])
+    selection = select(open_dataset(synthetic_shards), max_cloud_share=0.05, quality=tmp_path / "quality.csv")
+    clear = {(i, row.season) for i, rows in enumerate(locations) for row in rows if (row.cloud_share or 0) <= 0.05}
+    assert allowed(selection) == clear
+    assert 0 < len(clear) < 48
 
 
 def test_the_table_is_read_by_its_column_names(table: Callable[[Sequence[Quality]], Path], tmp_path: Path) -> None:
