@@ -177,7 +177,7 @@ def wait_for(condition: Any, seconds: float) -> None:
     [
         (["--engine.globl_batch", "4"], 2, "Unknown config key 'engine.globl_batch'; did you mean engine.global_batch"),
         (["--engine.global_batch", "15"], 6, "engine.global_batch=15 does not divide by accumulation 1 x world 2 = 2"),
-        (["--data.shards", "/nowhere"], 15, "/nowhere is not a folder"),
+        (["--data.shards", "/nowhere"], 15, "/nowhere is neither a folder nor a URL"),
         (["--data.crop_px", "128"], 2, "data.crop_px=128 is larger than the 96 px patches"),
         (["--model.encoder", "resnet19"], 2, "resnet1"),
         (["--engine.precision", "fp16"], 2, "fp16' is not supported on a CPU"),
