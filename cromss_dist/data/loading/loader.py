@@ -10,8 +10,9 @@ from typing import Generic, Self, TypeVar
 from torch.utils.data import IterableDataset
 
 from cromss_dist.data.loading.plan import EvalPlan, Plan, State, TrainPlan
-from cromss_dist.data.loading.read_ahead import ReadAhead, ReadSettings, ThreadReadAhead, WorkerReadAhead, read_in_turn
+from cromss_dist.data.loading.read_ahead import ReadAhead, ReadSettings, ThreadReadAhead, read_in_turn
 from cromss_dist.data.loading.reading import OnCorrupt, Replacement
+from cromss_dist.data.loading.workers import WorkerReadAhead
 from cromss_dist.schema import Batch
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
@@ -197,5 +198,4 @@ class TrainStream(IterableDataset[Batch]):
         self.plan, self.threads, self.lookahead, self.on_corrupt = plan, threads, lookahead, on_corrupt
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch, _ in read_in_turn(self.plan, self.threads, self.lookahead, self.on_corrupt):
-            yield batch
+        return read_in_turn(self.plan, self.threads, self.lookahead, self.on_corrupt)

@@ -1,6 +1,7 @@
 """Fills micro batches with verified pixels, by a few threads, straight into the memory that the batch lives in."""
 
 import logging
+import math
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from cromss_dist.data.loading.plan import Plan, Request
 from cromss_dist.data.sample import Uint8Array
+from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.errors import LoaderError, ShardError
 from cromss_dist.schema import LABEL_ARRAY, REFERENCE_ARRAY, Batch
 
@@ -81,35 +83,48 @@ class DaemonThreads:
             del item, work, future  # or the last batch would stay in memory as long as the thread has nothing to do
 
 
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+
+
+def shapes_of(dataset: Dataset) -> Shapes:
+    """Name and shape of the arrays that a batch has of each sample."""
+    wanted = {*(spec.name for spec in dataset.images), LABEL_ARRAY, REFERENCE_ARRAY}
+    return {name: dataset.shape(name) for name in dataset.arrays if name in wanted}
+
+
+def piece_size(shapes: Shapes, num_samples: int) -> int:
+    """Bytes of memory that a batch needs."""
+    return sum(-(-num_samples * math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes.values())
+
+
+def lay_out(piece: Tensor, shapes: Shapes, num_samples: int) -> dict[str, Tensor]:
+    """A batch's arrays, uint8 (num_samples, *shape), one behind another in a piece of memory."""
+    arrays, begin = {}, 0
+    for name, shape in shapes.items():
+        arrays[name] = piece[begin : begin + num_samples * math.prod(shape)].view(num_samples, *shape)
+        begin += piece_size({name: shape}, num_samples)
+    return arrays
+
+
 class BatchMemory:
     """Memory for batches, one piece each. Plain memory is used again once nothing refers to it any more.
 
     Fresh memory is mapped page by page as it is first written, which takes longer than reading the samples into it.
 
     Args:
-        shapes: Array name -> shape of one sample.
         kind: 'pinned' can be copied to a GPU while it computes; 'shared' goes to another process without a copy.
         keep: Pieces of plain memory that are kept for use again.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], kind: Memory, keep: int) -> None:
-        self._shapes, self._kind = shapes, kind
+    def __init__(self, kind: Memory, keep: int) -> None:
+        self.kind = kind
         self._unused: deque[Uint8Array] = deque(maxlen=keep)
 
-    def take(self, num_samples: int) -> dict[str, Tensor]:
-        """Uninitialised uint8 arrays (num_samples, *shape)."""
-        sizes = {name: -(-num_samples * int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT for name, shape in self._shapes.items()}
-        piece = self._piece(sum(sizes.values()))
-        arrays, begin = {}, 0
-        for name, shape in self._shapes.items():
-            arrays[name] = piece[begin : begin + num_samples * int(np.prod(shape))].view(num_samples, *shape)
-            begin += sizes[name]
-        return arrays
-
-    def _piece(self, size: int) -> Tensor:
-        if self._kind == "pinned":
+    def take(self, size: int) -> Tensor:
+        """Uninitialised memory: uint8 (size,)."""
+        if self.kind == "pinned":
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        if self._kind == "shared":  # as default_collate does; `share_memory_` would copy what is not yet written
+        if self.kind == "shared":  # as default_collate does; `share_memory_` would copy what is not yet written
             storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
             return torch.empty(0, dtype=torch.uint8).set_(storage)
         try:
@@ -123,12 +138,28 @@ class BatchMemory:
         return torch.from_numpy(lent)
 
 
+def batch_of(dataset: Dataset, request: Request, piece: Tensor) -> Batch:
+    """The batch whose pixels lie in a piece of memory."""
+    arrays = lay_out(piece, shapes_of(dataset), len(request.sample_ids))
+    return Batch(
+        keys=tuple(dataset.locations[i] for i in request.sample_ids.tolist()),
+        sample_ids=torch.from_numpy(request.sample_ids),
+        epochs=torch.from_numpy(request.epochs),
+        seasons=torch.from_numpy(request.seasons),
+        weights=torch.from_numpy(request.weights),
+        specs=dataset.images,
+        images={spec.name: arrays[spec.name] for spec in dataset.images},
+        labels=arrays[LABEL_ARRAY],
+        reference=arrays.get(REFERENCE_ARRAY),
+    )
+
+
 @dataclass
 class Reading:
-    """A micro batch on its way."""
+    """A micro batch on its way into a piece of memory."""
 
     request: Request
-    arrays: dict[str, Tensor]
+    piece: Tensor
     parts: list[Future[None]]
     replaced: list[Replacement]
 
@@ -140,18 +171,18 @@ class BatchReader:
         plan: What is read.
         threads: That read and check.
         on_corrupt: What a damaged sample does: 'stop' raises its error, 'replace' has a neighbour stand in for it.
-        memory: Where batches live.
-        ahead: Batches at a time, at most.
     """
 
-    def __init__(self, plan: Plan, threads: int, on_corrupt: OnCorrupt, memory: Memory, ahead: int) -> None:
+    def __init__(self, plan: Plan, threads: int, on_corrupt: OnCorrupt) -> None:
         self._plan, self._dataset, self._on_corrupt = plan, plan.dataset, on_corrupt
-        wanted = {*(spec.name for spec in self._dataset.images), LABEL_ARRAY, REFERENCE_ARRAY}
-        shapes = {name: self._dataset.shape(name) for name in self._dataset.arrays if name in wanted}
-        self._memory = BatchMemory(shapes, memory, keep=ahead + 2)  # the consumer holds one, and often the one before
-        self._pinned, self._num_threads = memory == "pinned", threads
+        self._shapes = shapes_of(plan.dataset)
+        self._num_threads = threads
         self._threads = DaemonThreads(threads, "cromss-reader")
         self._at_work: dict[int, tuple[int, int]] = {}
+
+    def piece_size(self, request: Request) -> int:
+        """Bytes that a micro batch needs."""
+        return piece_size(self._shapes, len(request.sample_ids))
 
     def __enter__(self) -> Self:
         return self
@@ -163,17 +194,18 @@ class BatchReader:
         """Ends the threads."""
         self._threads.close(wait_s)
 
-    def begin(self, request: Request) -> Reading:
-        """Has the threads read a micro batch."""
-        reading = Reading(request, self._memory.take(len(request.sample_ids)), [], [])
-        arrays = {name: values.numpy() for name, values in reading.arrays.items()}
-        for places in np.array_split(np.arange(len(request.sample_ids)), self._num_threads):
+    def begin(self, request: Request, piece: Tensor) -> Reading:
+        """Has the threads read a micro batch into memory of `piece_size`."""
+        reading = Reading(request, piece, [], [])
+        num_samples = len(request.sample_ids)
+        arrays = {name: values.numpy() for name, values in lay_out(piece, self._shapes, num_samples).items()}
+        for places in np.array_split(np.arange(num_samples), self._num_threads):
             if len(places):
                 reading.parts.append(self._threads.submit(partial(self.fill, reading, arrays, places.tolist())))
         return reading
 
-    def finish(self, reading: Reading, timeout_s: float | None = None) -> Batch:
-        """Waits for a micro batch.
+    def finish(self, reading: Reading, timeout_s: float | None = None) -> None:
+        """Waits for a micro batch; its request then says what stands in for damaged samples.
 
         Raises:
             LoaderError: it takes longer than `timeout_s`; says what hangs.
@@ -189,20 +221,7 @@ class BatchReader:
                 f"Micro batch {reading.request.number} was not read in {timeout_s:g} s. Being read: {at_work}. See whether its "
                 "disk or server answers, or allow more time (data.reading.timeout_s)."
             )
-        request, arrays, specs = reading.request, reading.arrays, self._dataset.images
-        batch = Batch(
-            keys=tuple(self._dataset.locations[i] for i in request.sample_ids.tolist()),
-            sample_ids=torch.from_numpy(request.sample_ids),
-            epochs=torch.from_numpy(request.epochs),
-            seasons=torch.from_numpy(request.seasons),
-            weights=torch.from_numpy(request.weights),
-            specs=specs,
-            images={spec.name: arrays[spec.name] for spec in specs},
-            labels=arrays[LABEL_ARRAY],
-            reference=arrays.get(REFERENCE_ARRAY),
-        )
         reading.replaced.sort(key=lambda replacement: (replacement.epoch, replacement.damaged))
-        return batch.pin_memory() if self._pinned else batch
 
     def fill(self, reading: Reading, arrays: dict[str, Uint8Array], places: Sequence[int]) -> None:
         """Reads the samples at some places of a batch; a thread's part."""

@@ -327,9 +327,8 @@ def test_a_batch_that_is_held_is_never_written_to_again() -> None:
 
 
 def test_memory_of_another_size_is_not_used_again() -> None:
-    memory = BatchMemory({"label": (4, 3, 3)}, "plain", keep=2)
-    for size in (3, 5, 3, 5):
-        assert memory.take(size)["label"].shape == (size, 4, 3, 3)
+    memory = BatchMemory("plain", keep=2)
+    assert [memory.take(size).numel() for size in (3, 5, 3, 5)] == [3, 5, 3, 5]
 
 
 GROWS = """
@@ -339,7 +338,7 @@ from cromss_dist.data.loading import Source, TrainLoader, TrainPlan
 from tests.data.fake_dataset import FakeDataset
 plan = TrainPlan(sources=[Source(FakeDataset([500] * 200))], seed=0, global_batch=64, micro_batch=16, window=int(sys.argv[1]))
 with TrainLoader(plan=plan) as loader:
-    for _ in islice(loader, 40):
+    for _ in islice(loader, 20):
         pass
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
