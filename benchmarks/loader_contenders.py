@@ -1,14 +1,16 @@
 """Reads records one way, in this environment, and prints what it took, as JSON. benchmarks/loader.py calls it.
 
-  python benchmarks/loader_contenders.py WAY FOLDER --records RECORDS
+    python benchmarks/loader_contenders.py WAY FOLDER --records RECORDS
 
-bare          the limit: one `preadv` an array, straight into the rows of new batch arrays; no order, no checks
-bare-reused   the same into the same arrays again and again, which no loader may hand out
-ours          this project's TrainLoader on shards, every byte checked against its CRC-32C
-ours-workers  the same by worker processes, as many as cores
-ours-cube     the same on the cube
-webdataset    `webdataset` on tars of records, arrays decoded by it
-published     a torch Dataset over the LMDBs of the published code: all four seasons read, prior and augmentation on the CPU
+Ways:
+  bare            the limit: one `preadv` an array, straight into the rows of new batch arrays; no order, no checks
+  bare-reused     the same into the same arrays again and again, which no loader may hand out
+  ours            this project's TrainLoader on shards, every byte checked against its CRC-32C, a thread a core
+  ours-workers    the same by worker processes, as many as cores
+  ours-8-threads  the same by eight threads, as suits a disk
+  ours-cube       the same on the cube, a thread a core
+  webdataset      `webdataset` on tars of records, arrays decoded by it
+  published       a torch Dataset over the LMDBs of the published code: all four seasons read, prior and augmentation on the CPU
 """
 
 import math
@@ -71,11 +73,11 @@ def read_bare(settings: Settings, reuse: bool = False) -> Iterator[Batch]:
             yield {"record": records, **{name: torch.from_numpy(array) for name, array in zip(shapes, arrays, strict=True)}}
 
 
-def read_ours(settings: Settings, reader: Reader = "shards", workers: int = 0) -> Iterator[Batch]:
-    """Our loader as a training run uses it: a thread a core, or a worker process a core."""
+def read_ours(settings: Settings, reader: Reader = "shards", threads: int = 0, workers: int = 0) -> Iterator[Batch]:
+    """Our loader as a training run uses it: a thread a core unless said otherwise, or worker processes of one each."""
     dataset = open_dataset(settings.folder, reader=reader)
     plan = TrainPlan(sources=[Source(dataset)], seed=0, global_batch=settings.batch, micro_batch=settings.batch)
-    loader = TrainLoader(plan=plan, threads=1 if workers else settings.cores, workers=workers)
+    loader = TrainLoader(plan=plan, threads=threads or settings.cores, workers=workers)
     for batch in loader:
         records = batch.sample_ids * dataset.num_seasons + batch.seasons
         yield {"record": records, **batch.images, LABEL_ARRAY: batch.labels}
@@ -162,7 +164,8 @@ def main() -> None:
         "bare": read_bare,
         "bare-reused": partial(read_bare, reuse=True),
         "ours": read_ours,
-        "ours-workers": lambda settings: read_ours(settings, workers=settings.cores),
+        "ours-workers": lambda settings: read_ours(settings, threads=1, workers=settings.cores),
+        "ours-8-threads": partial(read_ours, threads=8),
         "ours-cube": partial(read_ours, reader="cube"),
         "webdataset": read_webdataset,
         "published": read_published,
