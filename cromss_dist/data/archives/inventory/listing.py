@@ -53,16 +53,18 @@ def walk(root: Path, besides: Path, progress: Progress | None) -> Iterator[Found
     No folder is entered through a link; a link to a file counts as the file where that lies in `root`.
     """
     folders, seen = [""], 0
+    base, hidden = os.path.join(root, ""), str(besides)  # texts: to join paths as objects would take most of the time
     while folders:
         folder = folders.pop()
-        with os.scandir(root / folder) as entries:
+        with os.scandir(base + folder) as entries:
             for entry in entries:
                 path = folder + entry.name
-                kind = _kind_of_name(os.fsencode(path))
+                is_plain = path.isascii() and path.isprintable() and len(path) <= MAX_NAME_BYTES
+                kind = "file" if is_plain else _kind_of_name(os.fsencode(path))
                 if kind == "file" and entry.is_symlink() and not _is_file_inside(root, path):
                     kind = "symlink"
                 if kind == "file" and entry.is_dir(follow_symlinks=False):
-                    if not entry.name.startswith(".") and root / path != besides:
+                    if not entry.name.startswith(".") and base + path != hidden:
                         folders.append(f"{path}/")
                     continue
                 if kind == "file" and not entry.is_file():

@@ -108,6 +108,12 @@ class ArchiveDescription:
             patterns = {**self.fields, "time": TIME, "scene": self.images[value_files.scene_of].scene}
             yield _Rule(name, compile_template(value_files.path, patterns, f"values.{name}.path"), {})
 
+    @cached_property
+    def _prefixes(self) -> tuple[str, ...]:
+        """What paths of this layout begin with: of all shipped layouts most can be left out at once."""
+        lists = () if self.locations is None else (self.locations.csv,)
+        return (*lists, *(rule.template.prefix for rule in self._rules))
+
     @property
     def required_roles(self) -> tuple[str, ...]:
         """Roles that every archive of this layout has files for."""
@@ -130,6 +136,8 @@ class ArchiveDescription:
 
     def match(self, path: str) -> Match | None:
         """What a file is, by its path relative to the archive; None for a stray."""
+        if not path.startswith(self._prefixes):
+            return None
         if self.locations is not None and path == self.locations.csv:
             return Match(LOCATIONS_ROLE, "", "", "", "")
         for rule in self._rules:

@@ -36,7 +36,7 @@ def pieces(template: str) -> tuple[str, ...]:
 
 def fill(template: str, parts: Mapping[str, str]) -> str:
     """The template with its pieces put in."""
-    return _PIECE.sub(lambda piece: parts[piece[1]], template)
+    return template.format_map(parts)
 
 
 def one_of(names: Iterable[str]) -> str:
