@@ -66,7 +66,11 @@ def parse_record(where: str, data: bytes, sha256: str | None) -> tuple[CubeFile,
         content = json.loads(data)
         if (content["format"], content["schema_version"]) != (FORMAT, SCHEMA_VERSION):
             raise ValueError(f"format {content['format']!r} version {content['schema_version']!r}")
-        return tuple(CubeFile(**file) for file in content["files"])
+        files = tuple(CubeFile(**file) for file in content["files"])
+        for file in files:
+            if (type(file.path), type(file.size), type(file.sha256)) != (str, int, str):
+                raise TypeError(f"{file}")
+        return files
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardError(f"{where} is no record of a cube: {error!r}. Restore it or convert the archive again.") from error
 

@@ -9,7 +9,7 @@ from cromss_dist.data.store.cube_record import MAX_RECORD_BYTES, RECORD, parse_r
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.data.store.index import ShardIndex, shards_of
 from cromss_dist.data.store.remote import Remote
-from cromss_dist.data.store.stored import StoredDataset, read_stored
+from cromss_dist.data.store.stored import MALFORMED, StoredDataset, read_stored
 from cromss_dist.errors import ShardError
 
 Reader: TypeAlias = Literal["auto", "shards", "cube"]
@@ -28,11 +28,17 @@ def open_dataset(location: str | Path, cache: ShardCache | None = None, reader: 
         DownloadError: manifest or index cannot be fetched.
         ConfigError: the URL is none that can be read.
     """
-    if "://" in str(location):
-        return _open_remote(Remote(str(location)), cache or ShardCache(), reader)
-    folder = Path(location)
+    try:
+        if "://" in str(location):
+            return _open_remote(Remote(str(location)), cache or ShardCache(), reader)
+        return _open_local(Path(location), reader)
+    except MALFORMED as error:  # digests hold, yet the content is not ours
+        raise ShardError(f"{location}: manifest or record is malformed: {error!r}. Shard the archive again.") from error
+
+
+def _open_local(folder: Path, reader: Reader) -> ShardIndex | CubeIndex:
     if not folder.is_dir():
-        raise ShardError(f"{location} is neither a folder nor a URL; give one that tools/shard.py has written.")
+        raise ShardError(f"{folder} is neither a folder nor a URL; give one that tools/shard.py has written.")
     stored = read_stored(folder)
     if reader == "cube" or (reader == "auto" and not stored.entries):
         return cube_of(folder, stored)

@@ -1,5 +1,7 @@
 """A cube read as a dataset: the pixels of the source it was made from, or an error."""
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -7,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numcodecs
@@ -18,12 +21,13 @@ from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.conversion.plan import Sinks
 from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.data.loading.plan import Source, TrainPlan
-from cromss_dist.data.sample import Uint8Array
+from cromss_dist.data.sample import Json, Uint8Array
 from cromss_dist.data.store.cube_reader import CHECKED, CubeIndex, cube_index, cube_of
 from cromss_dist.data.store.cube_record import CUBE, RECORD, read_record
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.data.store.index import LocalFiles
 from cromss_dist.data.store.open import open_dataset
+from cromss_dist.data.store.shards import read_manifest, write_manifest
 from cromss_dist.data.store.stored import read_stored
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import Batch
@@ -313,6 +317,30 @@ def test_another_record_than_the_manifests_does_not_open(damaged: Path) -> None:
     (damaged / RECORD).write_bytes((damaged / RECORD).read_bytes() + b" ")
     with pytest.raises(ShardError, match="not the record"):
         cube_of(damaged, read_stored(damaged))
+
+
+CUBES: list[Any] = [[], 1, {}, "cube", {"record_sha256": 1}]
+SIZES: list[Any] = [0, -3, 1.5, "3", None, 2**70, 1, 9]
+ENTRIES: list[Json] = [{"path": 1}, {"path": None}, {"path": "../../x"}, {"size": "1"}, {"sha256": []}, {"more": 1}]
+MALFORMED = [
+    *(("manifest", {"cube": strange}) for strange in CUBES),
+    *(("manifest", {"parts": {"count": 4, "locations_per_part": strange}}) for strange in SIZES),
+    *(("record", strange) for strange in ENTRIES),
+]
+
+
+@pytest.mark.parametrize(("file", "change"), MALFORMED)
+def test_a_dataset_signed_again_by_a_hostile_writer_is_refused_as_such(damaged: Path, file: str, change: Json) -> None:
+    manifest = read_manifest(damaged)
+    del manifest["digest"]
+    if file == "record":
+        record = json.loads((damaged / RECORD).read_bytes())
+        record["files"][3] |= change
+        (damaged / RECORD).write_text(json.dumps(record))
+        change = {"cube": {**manifest["cube"], "record_sha256": hashlib.sha256((damaged / RECORD).read_bytes()).hexdigest()}}
+    write_manifest(damaged, {**manifest, **change})
+    with pytest.raises(ShardError):
+        read(open_dataset(damaged), 8, 0)
 
 
 @pytest.mark.parametrize(
