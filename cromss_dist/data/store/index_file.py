@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.numpy
 from safetensors import SafetensorError
+from safetensors.numpy import load as parse_safetensors
+from safetensors.numpy import save as safetensors_bytes
 
 from cromss_dist.data.sample import Json
 from cromss_dist.data.staging import write_atomically
@@ -116,7 +117,7 @@ def write_index(folder: Path, tables: IndexTables) -> Json:
     keys = [key.encode(errors="surrogatepass") for key in tables.locations]  # file names may be no UTF-8
     ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
     blob = np.frombuffer(b"".join(keys), np.uint8)
-    data = safetensors.numpy.save({**_arrays(tables), "keys": blob, "key_offsets": ends})
+    data = safetensors_bytes({**_arrays(tables), "keys": blob, "key_offsets": ends})
     write_atomically(folder / INDEX, data)
     return {"name": INDEX, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -138,7 +139,7 @@ def parse_index(where: str, data: bytes, manifest: Json, entries: Sequence[Shard
     if len(data) != stated["size"] or hashlib.sha256(data).hexdigest() != stated["sha256"]:
         raise ShardError(f"{where} is not the index that the manifest was made with. Restore it or shard the archive again.")
     try:
-        found = safetensors.numpy.load(data)
+        found = parse_safetensors(data)
     except SafetensorError as error:
         raise ValueError(f"{where} is no safetensors file: {error}") from error
     _check_shapes(found, manifest, entries)
