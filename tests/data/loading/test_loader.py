@@ -108,7 +108,7 @@ def test_a_loader_that_is_running_goes_on_from_a_state_of_its_past() -> None:
         first = samples([next(loader) for _ in range(8)])
         loader.load_state_dict(state)
         assert samples([next(loader) for _ in range(8)]) == first
-    assert not reader_threads()
+    assert eventually(lambda: not reader_threads())
 
 
 def test_another_global_batch_goes_on_without_a_sample_lost_or_repeated() -> None:
