@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +46,9 @@ class RunData:
         reading, filters = config.reading, config.filter
         cache = ShardCache(Path(reading.cache), reading.cache_gib) if reading.cache else ShardCache(limit_gib=reading.cache_gib)
         tables = _quality_tables(filters.quality, len(config.weights))
-        train, held_out = [], []
-        for (location, weight), quality in zip(config.weights.items(), tables, strict=True):
-            dataset = open_dataset(location, cache, reading.kind)
-            known = partial(
-                select,
+        datasets = [open_dataset(location, cache, reading.kind) for location in config.weights]
+        usable = [
+            select(
                 dataset,
                 region=filters.region,
                 max_cloud_share=filters.max_cloud_share,
@@ -58,12 +56,16 @@ class RunData:
                 max_shift_px=filters.max_shift_px,
                 quality=quality,
             )
-            usable = known()
-            train_places, val_places = split([dataset.locations[i] for i in usable.ids], config.val_fraction, seed)
-            drawn = usable if filters.seasons is None else known(seasons=filters.seasons)
-            places = np.flatnonzero(np.isin(drawn.ids, usable.ids[train_places])).astype(np.int64)
-            train.append(Source(dataset, drawn.take(places), weight))
-            held_out.append(usable.take(val_places))
+            for dataset, quality in zip(datasets, tables, strict=True)
+        ]
+        keys = [[dataset.locations[i] for i in part.ids] for dataset, part in zip(datasets, usable, strict=True)]
+        held_out = [part.take(split(of_part, config.val_fraction, seed)[1]) for part, of_part in zip(usable, keys, strict=True)]
+        # A location that several datasets have is trained on in none of them if one holds it out.
+        unseen = {dataset.locations[i] for dataset, part in zip(datasets, held_out, strict=True) for i in part.ids}
+        train = []
+        for dataset, part, of_part, weight in zip(datasets, usable, keys, config.weights.values(), strict=True):
+            seen = part.take(np.flatnonzero([key not in unseen for key in of_part]).astype(np.int64))
+            train.append(Source(dataset, seen if filters.seasons is None else seen.only(filters.seasons), weight))
         return cls(config, seed, tuple(train), tuple(held_out))
 
     @cached_property

@@ -52,6 +52,18 @@ class Selection:
         """The part at `places`, ascending int64 indices into `ids`: what `split` returned for the selected keys."""
         return Selection(self.ids[places], self.seasons[places])
 
+    def only(self, seasons: Sequence[int]) -> "Selection":
+        """The part whose seasons are among `seasons`; locations without one of them drop out.
+
+        Raises:
+            ConfigError: a season is not there or named twice.
+        """
+        num_seasons = self.seasons.shape[1]
+        _check_filters(num_seasons, seasons, None)
+        allowed = self.seasons & np.isin(np.arange(num_seasons), seasons)
+        left = allowed.any(axis=1)
+        return Selection(self.ids[left], allowed[left])
+
     def sizes(self, shard_sizes: IntArray) -> IntArray:
         """How many of the selected locations each shard has: int64 (K,) for shards of `shard_sizes` samples, (K,)."""
         ends = np.searchsorted(self.ids, np.cumsum(shard_sizes)).astype(np.int64)

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from cromss_dist.config import BatchPlan, DataConfig, FilterConfig, ReadingConfig
+from cromss_dist.data.loading import run_data
 from cromss_dist.data.loading.run_data import RunData
 from cromss_dist.data.reporting.quality import measure_location, write_csv
 from cromss_dist.data.store.index import open_shards
 from cromss_dist.errors import ConfigError, ShardError
+from tests.data.fake_dataset import FakeDataset
 
 BATCHES = BatchPlan(global_batch=4, micro_batch=2, accumulation_steps=1, world_size=2)
 
@@ -52,6 +54,16 @@ def test_training_draws_from_the_seasons_that_are_asked_for_and_validation_from_
     assert set(data.eval_plan(BATCHES).pairs[:, 1].tolist()) == {0, 1, 2, 3}
     everything = RunData.open(config_of(synthetic_shards), seed=0)
     assert np.array_equal(data.validation.ids, everything.validation.ids), "the split does not depend on seasons"
+
+
+def test_a_location_of_two_datasets_is_trained_on_in_none_if_one_holds_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = {"many": FakeDataset([20, 20]), "few": FakeDataset([13]), "other": FakeDataset([16], seed=1)}
+    monkeypatch.setattr(run_data, "open_dataset", lambda location, *_: datasets[location])
+    data = RunData.open(replace(DataConfig(shards=dict.fromkeys(datasets, 1.0)), val_fraction=0.25), seed=0)
+    trained = {source.dataset.locations[i] for source in data.train if source.selection for i in source.selection.ids}
+    held_out = {data.dataset.locations[i] for i in data.validation.ids}
+    assert trained | held_out == {key for dataset in datasets.values() for key in dataset.locations}
+    assert not trained & held_out
 
 
 def test_clouds_are_kept_out_of_training_and_validation(synthetic_shards: Path, tmp_path: Path) -> None:
