@@ -210,7 +210,7 @@ def shards_of(folder: Path, stored: StoredDataset) -> ShardIndex:
     """
     entries = stored.entries
     if not entries:
-        raise ShardError(f"{folder} has no shards, only a cube; open it with open_dataset.")
+        raise ShardError(f"{folder} has no shards, only a cube; read that (open_dataset), or convert with --write both.")
     first = np.cumsum(stored.shard_sizes) - stored.shard_sizes
     first_keys = {entry.name: stored.locations[i] for entry, i in zip(entries, first, strict=True)}
     wrong: defaultdict[str, list[str]] = defaultdict(list)

@@ -30,13 +30,14 @@ def differs_from_records(
 ) -> Iterator[Problem]:
     """Samples of which the index does not say what the commit records say; tars without a record are passed over."""
     ends = np.cumsum(tables.shard_sizes).tolist() if entries else []
+    locations = _text(tables.locations)
     for entry, end in zip(entries, ends, strict=True):
         record = records.get(entry.name, [])
         if len(record) != entry.samples:  # it is missing, or that was told
             continue
         samples = range(end - entry.samples, end)
-        keys = [key for key, _ in record]
-        yield from _differing(tables, samples, {"keys": (_text(tables.locations), _text(keys))}, entry.record)
+        keys = _text([key for key, _ in record])
+        yield from _differing(tables, samples, {"keys": (locations, keys)}, entry.record)
         try:
             stated = tar_tables(manifest["arrays"], record)
         except (KeyError, TypeError, ValueError, OverflowError) as error:

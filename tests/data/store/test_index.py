@@ -283,6 +283,13 @@ def test_an_array_larger_than_its_member_is_refused(shards: Path) -> None:
         open_shards(shards)
 
 
+def test_a_dataset_of_a_cube_alone_has_no_shards_to_open(tmp_path: Path) -> None:
+    convert(FakeSource(2), tmp_path / "out", write="cube")
+    for opened in (open_shards, lambda folder: open_dataset(folder, reader="shards")):
+        with pytest.raises(ShardError, match="has no shards, only a cube"):
+            opened(tmp_path / "out")
+
+
 @pytest.mark.parametrize("folder", ["http://example.org/shards", "pipe:touch x", "nowhere"])
 def test_what_is_no_folder_is_refused(folder: str) -> None:
     with pytest.raises(ShardError, match="is not a folder"):
