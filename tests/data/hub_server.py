@@ -58,7 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
         repo = self.server.repo_id
-        if path == f"/api/datasets/{repo}/revision/main":
+        path = path.replace(f"/datasets/{repo}/resolve/main/", f"/datasets/{repo}/resolve/{COMMIT}/")
+        if path in (f"/api/datasets/{repo}", f"/api/datasets/{repo}/revision/main"):
             self._json({"id": repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0})
         elif path == f"/api/datasets/{repo}/tree/{COMMIT}":
             self._json(self.server.tree())

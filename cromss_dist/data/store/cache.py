@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -25,7 +24,7 @@ DEFAULT_FOLDER = Path("~/.cache/cromss_dist")
 OURS = re.compile(
     r"([0-9a-f]{64})|\.([0-9a-f]{64})\.[0-9a-f]+\.tmp"
 )  # a file, one that is being fetched; nothing else is touched
-ROOM = "room"  # the lock of whoever makes room
+ROOM = "room"  # the lock of whoever counts, makes room or gives a file its name
 POLL_S = 0.02
 TOUCH_S = 1.0  # a use within so long of the last one is not noted: a write to the disk for each sample
 GRACE_S = 3.0  # longer than it takes from noting a use to opening the file
@@ -69,9 +68,9 @@ class ShardCache:
             ConfigError: it is larger than the limit, or others can write to the cache's folder.
             ShardError: `sha256` is none.
         """
-        _make_folder(self.folder)
         if path := self._at_hand(size, sha256):
             return path
+        _make_folder(self.folder)
         with self._locked(sha256, remote.patience.deadline_s):
             if path := self._at_hand(size, sha256):
                 return path
@@ -79,6 +78,10 @@ class ShardCache:
             with ExitStack() as download:
                 file = self._begin(name, size, sha256, download, remote.patience.deadline_s)
                 remote.download(name, file, size, sha256)
+                file.flush()
+                os.fsync(file.fileno())  # here, where nobody waits for it
+                with self._locked(ROOM):  # who lists a folder may see a file that is renamed meanwhile twice, or not at all
+                    download.close()
         return self._path(sha256)
 
     def read(self, remote: Remote, name: str, size: int, sha256: str) -> bytes:
@@ -100,14 +103,16 @@ class ShardCache:
 
     def num_bytes(self) -> int:
         """Bytes of all files, those that are being fetched at their full size."""
-        return sum(size for _, size, _ in self._listing())
+        _make_folder(self.folder)
+        with self._locked(ROOM):
+            return sum(size for _, size, _ in self._listing())
 
     def _at_hand(self, size: int, sha256: str) -> Path | None:
-        """The file, its use noted, or None where it is not there in its size."""
+        """The file, its use noted, or None where it is not there, of another size or of another user."""
         path = self._path(sha256)
         with suppress(FileNotFoundError):
-            status = path.stat()
-            if status.st_size == size:
+            status = os.stat(path)
+            if status.st_size == size and status.st_uid == os.geteuid():
                 if abs(time.time() - status.st_mtime) > TOUCH_S:
                     os.utime(path)
                 return path
@@ -240,11 +245,13 @@ class CachedFiles:
         return True
 
 
-@lru_cache
 def _make_folder(folder: Path) -> None:
-    """Makes a cache's folder; raises ConfigError where others could put files into it. Once in a process."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
+    """Makes a cache's folder where it is missing; raises ConfigError where others could put files into it."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise ConfigError(
             f"Others can write to the shard cache {folder} (owner {status.st_uid}, mode {status.st_mode & 0o777:o}); give a "

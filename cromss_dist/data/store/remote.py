@@ -57,14 +57,14 @@ class Patience:
         backoff_s: Mean pause before the second try, doubled before each further one, seconds.
         max_backoff_s: Longest mean pause.
         stall_s: Without a byte for so long, a try has failed.
-        deadline_s: Of one file with all its tries.
+        deadline_s: Of one file with all its tries. Less than `data.reading.timeout_s`: this error says more than the loader's.
     """
 
     tries: int = 5
     backoff_s: float = 0.5
     max_backoff_s: float = 30.0
     stall_s: float = 30.0
-    deadline_s: float = 1800.0
+    deadline_s: float = 480.0
 
     def pause_s(self, failures: int) -> float:
         """How long to wait after so many failures, seconds; random, so that the nodes of a job do not come back all at once."""

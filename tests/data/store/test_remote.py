@@ -16,6 +16,7 @@ import pytest
 from cromss_dist.data.store.remote import InsecureRedirectError, Patience, Remote, refuse_downgrade
 from cromss_dist.errors import ConfigError, DownloadError
 from tests.data.file_server import Fault, FileServer
+from tests.data.hub_server import HubServer, serving
 
 DATA = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -44,6 +45,17 @@ def test_a_file_is_the_same_over_every_protocol_that_needs_no_cloud(server: File
         assert download(remote) == DATA
         assert remote.read(NAME, len(DATA)) == DATA
     fsspec.filesystem("memory").rm("/dataset", recursive=True)
+
+
+def test_a_file_is_read_from_a_repository_of_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(HubServer("owner/name", {f"ours/{NAME}": DATA})) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
+        remote = Remote("hf://datasets/owner/name/ours", Patience(stall_s=19.5))  # none that another test has a connection of
+        assert download(remote) == DATA
+        with pytest.raises(DownloadError, match="tried once: status 404"):
+            remote.read("nothing", 100)
 
 
 def test_a_file_takes_one_request(server: FileServer) -> None:

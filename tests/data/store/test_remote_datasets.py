@@ -257,5 +257,4 @@ def test_the_dataset_goes_to_other_processes(server: FileServer, folder: Path, c
     dataset = pickle.loads(pickle.dumps(open_dataset(server.url, cache)))
     assert isinstance(dataset.files, CachedFiles)
     shutil.rmtree(cache.folder)
-    cache.folder.mkdir(mode=0o700)
     assert_all_equal(dataset, open_dataset(folder))
