@@ -18,6 +18,7 @@ import numpy as np
 
 Batch = Mapping[str, Any]
 WARM_UP_BATCHES = 4
+MIN_BATCHES = 3  # the slowest way takes a second for each
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -78,7 +79,8 @@ def measure(loader: Callable[[Settings], Iterator[Batch]], settings: Settings) -
         started, cpu_before = time.perf_counter(), cpu_s()
     samples = size = 0
     now = started
-    while now - started < settings.seconds and (not cold or samples + settings.batch <= settings.limit):
+    least = MIN_BATCHES * settings.batch
+    while (now - started < settings.seconds or samples < least) and (not cold or samples + settings.batch <= settings.limit):
         batch = next(batches)
         now = time.perf_counter()
         first_s = first_s or now - opened
