@@ -118,8 +118,7 @@ class TrainPlan:
                 f"global_batch {self.global_batch} is not micro_batch {self.micro_batch} x world size {self.world_size} x a "
                 f"whole number of accumulation steps; set it to a multiple of {per_step}."
             )
-        if not 0 <= self.rank < self.world_size:
-            raise ConfigError(f"rank={self.rank} is not one of {self.world_size} ranks; give 0 to {self.world_size - 1}.")
+        _check_rank(self.rank, self.world_size)
         if not self.sources:
             raise ConfigError("There is no dataset to train on; give at least one source.")
         datasets = tuple(source.dataset for source in self.sources)
@@ -238,7 +237,8 @@ class EvalPlan:
         world_size: Number of ranks.
 
     Raises:
-        ConfigError: nothing is left to score.
+        ConfigError: nothing is left to score, or a season or rank does not exist.
+        BatchError: `micro_batch` is less than 1.
     """
 
     dataset: Dataset
@@ -251,6 +251,11 @@ class EvalPlan:
     """int64 (P, 2): sample id and season."""
 
     def __post_init__(self) -> None:
+        _check_rank(self.rank, self.world_size)
+        if self.micro_batch < 1:
+            raise BatchError(f"micro_batch={self.micro_batch} is not allowed; give at least 1.")
+        if unknown := [season for season in self.seasons if not 0 <= season < self.dataset.num_seasons]:
+            raise ConfigError(f"Season {unknown[0]} is not there; give some of 0 to {self.dataset.num_seasons - 1}.")
         wanted = self.selection.seasons[:, list(self.seasons)]
         places, nth = np.nonzero(wanted)
         if len(places) == 0:
@@ -278,3 +283,8 @@ class EvalPlan:
     def neighbours(self, sample_id: int, epoch: int) -> Iterator[tuple[int, int]]:
         """None: a score is of what it says."""
         return iter(())
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank={rank} is not one of {world_size} ranks; give 0 to {world_size - 1}.")

@@ -8,9 +8,10 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Literal, Self, TypeAlias
 
 import numpy as np
@@ -63,8 +64,9 @@ class DaemonThreads:
 
     def close(self, wait_s: float) -> None:
         """Forgets what has not begun, and waits at most `wait_s` for what has."""
-        while not self._work.empty():
-            self._work.get()
+        with suppress(Empty):
+            while True:
+                self._work.get_nowait()
         for _ in self._threads:
             self._work.put(None)
         deadline = time.monotonic() + wait_s

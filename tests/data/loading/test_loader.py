@@ -395,3 +395,15 @@ def test_evaluation_scores_the_seasons_that_a_filter_leaves_in_the_order_given()
 def test_evaluation_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing to score"):
         evaluate(())
+
+
+@pytest.mark.parametrize("wrong", [{"seasons": (4,)}, {"seasons": (-1,)}, {"micro_batch": 0}, {"rank": 2, "world_size": 2}])
+def test_evaluation_of_what_is_not_there_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"is not"):
+        evaluate(**{"seasons": (0,), **wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 1}, {"rank": -1}, {"sources": []}])
+def test_training_on_what_is_not_there_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        plan_of(**wrong)

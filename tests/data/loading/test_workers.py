@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cromss_dist.data.loading.order import draws
 from cromss_dist.data.loading.plan import EvalPlan, Source, TrainPlan
 from cromss_dist.data.loading.selection import select
 from cromss_dist.data.loading.workers import WorkerReadAhead
+from cromss_dist.data.sample import Uint8Array
 from cromss_dist.errors import LoaderError, ShardError
 from cromss_dist.schema import S1_BANDS, S2_BANDS, Batch, Example
 from tests.data.fake_dataset import FakeDataset
@@ -120,6 +122,20 @@ def test_an_error_in_a_worker_comes_out_as_it_is_and_ends_the_workers() -> None:
         with pytest.raises(ShardError, match=r"^sample 0-0000007, season \d: damaged for the test\.$"):
             list(islice(loader, 20))
         assert eventually(lambda: not any(map(is_there, running)))
+
+
+@dataclass
+class Faulty(FakeDataset):
+    def read_into(self, sample_id: int, season: int, arrays: Mapping[str, Uint8Array]) -> None:
+        raise ValueError("a mistake in the code")
+
+
+def test_a_worker_that_ends_by_a_mistake_in_the_code_is_told() -> None:
+    with (
+        TrainLoader(plan=plan_of(Faulty(DATASET.sizes, patch_px=24)), workers=1) as loader,
+        pytest.raises(LoaderError, match=r"Worker 0 .* ended with exit code 1, see its output"),
+    ):
+        next(loader)
 
 
 def test_what_workers_replaced_is_told_and_comes_out_as_by_threads() -> None:
