@@ -60,7 +60,8 @@ class ReadingConfig:
         timeout_s: Seconds a batch may take to be read before the run ends with an error that says what hangs.
         on_corrupt: A sample whose bytes do not match their checksum: 'stop' ends the run, 'replace' takes its neighbour
             instead, on every machine the same one, and says so.
-        cache: Folder of this node for shards of remote datasets; null is `~/.cache/cromss_dist`.
+        cache: Folder of this node for shards of remote datasets; null is `shards` in
+            `CROMSS_CACHE`, else in `~/.cache/cromss`.
         cache_gib: Size that the cache is kept under, GiB.
     """
 

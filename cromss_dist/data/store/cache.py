@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -20,7 +20,6 @@ from cromss_dist.data.staging import atomic_file
 from cromss_dist.data.store.remote import Remote
 from cromss_dist.errors import ConfigError, ShardError, StorageError
 
-DEFAULT_FOLDER = Path("~/.cache/cromss_dist")
 OURS = re.compile(
     r"([0-9a-f]{64})|\.([0-9a-f]{64})\.[0-9a-f]+\.tmp"
 )  # a file, one that is being fetched; nothing else is touched
@@ -28,6 +27,11 @@ ROOM = "room"  # the lock of whoever counts, makes room or gives a file its name
 POLL_S = 0.02
 TOUCH_S = 1.0  # a use within so long of the last one is not noted: a write to the disk for each sample
 GRACE_S = 3.0  # longer than it takes from noting a use to opening the file
+
+
+def default_folder() -> Path:
+    """`shards` in `CROMSS_CACHE`, else in `~/.cache/cromss`: encoders that were fetched lie beside it."""
+    return Path(os.environ.get("CROMSS_CACHE") or "~/.cache/cromss") / "shards"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class ShardCache:
         ConfigError: the limit is not positive.
     """
 
-    folder: Path = DEFAULT_FOLDER
+    folder: Path = field(default_factory=default_folder)
     limit_gib: float = 100.0
 
     def __post_init__(self) -> None:
