@@ -26,8 +26,8 @@ from cromss_dist.data.sample import Rejected
 # What GDAL takes a place from: size; ModelPixelScale, IntergraphMatrix, ModelTiepoint, ModelTransformation, three tags of GeoTIFF
 # keys; its own metadata; rational polynomials.
 _PLACE_TAGS = (256, 257, 33550, 33920, 33922, 34264, 34735, 34736, 34737, 42112, 50844)
-# Start of frame of every JPEG that is not sequential and Huffman-coded (ITU-T T.81, table B.1).
-_UNUSUAL_JPEG = tuple(bytes((0xFF, marker)) for marker in (*range(0xC2, 0xD0),) if marker not in (0xC4, 0xC8, 0xCC))
+# Markers of a JPEG (ITU-T T.81, table B.1): of frames that are sequential and Huffman-coded; of its end; of tables and notes.
+_SEQUENTIAL, _END, _NO_FRAME = (0xC0, 0xC1), 0xD9, {0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}
 
 
 @dataclass(frozen=True)
@@ -125,18 +125,31 @@ def _decode_jpeg(data: bytes, tables: bytes, segments: Segments, shape: tuple[in
     None: they are not as expected, and libtiff may say how. Only it bounds the scans of a progressive JPEG, of which a small
     file can hold enough for hours.
     """
-    if any(marker in data for marker in _UNUSUAL_JPEG):
+    if tables and _begins_with(tables, 0) != _END:
         return None
     out = np.empty(shape, np.uint8)
     top = 0
     for at, size in zip(segments.offsets, segments.sizes, strict=True):
-        strip = out[top : top + segments.rows]
+        if _begins_with(data, at) not in _SEQUENTIAL:
+            return None
         try:
-            imagecodecs.jpeg8_decode(data[at : at + size], tables=tables or None, out=strip)
+            imagecodecs.jpeg8_decode(data[at : at + size], tables=tables or None, out=out[top : top + segments.rows])
         except (imagecodecs.Jpeg8Error, ValueError, RuntimeError, TypeError):
             return None
         top += segments.rows
     return out
+
+
+def _begins_with(data: bytes, at: int) -> int | None:
+    """The marker behind the tables of the JPEG at a byte, which says what kind of frame it is; None: it is no JPEG."""
+    if data[at : at + 2] != b"\xff\xd8":
+        return None
+    at += 2
+    while (head := data[at : at + 4])[:1] == b"\xff" and len(head) > 1:
+        if head[1] not in _NO_FRAME:
+            return head[1]
+        at += 2 + int.from_bytes(head[2:], "big")
+    return None
 
 
 def place(data: bytes, path: str, known: Sequence[Place] = ()) -> Place:

@@ -154,12 +154,12 @@ class Directory:
         Most bands of an archive are stored that way. What libtiff would make of these bytes is the same, at some fifteen times
         the cost.
         """
-        found, segments = self.header, self.segments
-        dtype = np.dtype(self._order + np.dtype(found.dtype).str[1:])
-        consecutive = tuple(map(add, segments.offsets[:-1], segments.sizes[:-1])) == segments.offsets[1:]
-        if not (self._is_plain(1) and consecutive and sum(segments.sizes) == found.height * found.width * dtype.itemsize):
+        if not self._is_plain(1):
             return None
-        return dtype, segments.offsets[0]
+        found, (_, offsets, sizes) = self.header, self.segments
+        dtype = np.dtype(self._order + np.dtype(found.dtype).str[1:])
+        consecutive = tuple(map(add, offsets[:-1], sizes[:-1])) == offsets[1:]
+        return (dtype, offsets[0]) if consecutive and sum(sizes) == found.height * found.width * dtype.itemsize else None
 
     @cached_property
     def jpeg_tables(self) -> slice | None:
@@ -248,6 +248,8 @@ def _read_form(data: bytes) -> tuple[_Form, int]:
     if order is None or version not in (42, 43):
         raise Refused("unreadable", f"it begins with {data[:4]!r}, as no TIFF does")
     is_big = version == 43
+    if is_big and (int.from_bytes(data[4:6], endian), data[6:8]) != (8, b"\0\0"):
+        raise Refused("unreadable", f"it begins with {data[:8]!r}, as no BigTIFF does")
     counted = 8 if is_big else 2
     at = int.from_bytes(data[8:16] if is_big else data[4:8], endian)
     if at + counted > len(data):

@@ -15,7 +15,7 @@ import tifffile
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 
-from cromss_dist.data.archives import geotiff
+from cromss_dist.data.archives import geotiff, tiff_directory
 from cromss_dist.data.sample import Rejected
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -225,3 +225,99 @@ def test_what_lies_nowhere_or_off_the_earth_has_no_place() -> None:
     far = rasterio.Affine(10, 0, 1e12, 0, -10, 1e12)
     found = geotiff.place(tif(np.zeros((1, 9, 9), "uint8"), crs="EPSG:32632", transform=far), "a.tif")
     assert (found.lon, found.lat) == (None, None)
+
+
+@pytest.mark.parametrize("options", [{}, {"BIGTIFF": "YES"}, {"jpegtablesmode": 0}, {"jpegtablesmode": 3}, {"blockysize": 8}])
+def test_strips_of_grey_jpeg_are_decoded_without_libtiff_to_the_pixels_of_gdal(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tif(pixels_of("uint8", 1), compress="JPEG", **options)
+    monkeypatch.setattr(geotiff.imagecodecs, "tiff_decode", None)
+    assert np.array_equal(geotiff.decode(data, "a.tif", DTYPES, 1, None).pixels, gdal(data)[0])
+
+
+@pytest.mark.parametrize("marker", [0xC2, 0xC9, 0xCA])
+def test_jpeg_that_is_not_sequential_is_left_to_libtiff_which_bounds_its_scans(
+    marker: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tif(pixels_of("uint8", 1), compress="JPEG").replace(b"\xff\xc0\x00", bytes((0xFF, marker, 0)))
+    monkeypatch.setattr(geotiff.imagecodecs, "jpeg8_decode", None)
+    monkeypatch.setattr(geotiff.imagecodecs, "tiff_decode", lambda *_, **__: np.full((SIDE, SIDE + 3), 7, np.uint8))
+    assert (geotiff.decode(data, "a.tif", DTYPES, 1, None).pixels == 7).all()
+
+
+def test_a_jpeg_strip_of_other_size_than_the_directory_says_is_left_to_libtiff(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = (tif(np.full((1, 16, side), 9, "uint8"), compress="JPEG", jpegtablesmode=0) for side in (16, 64))
+    at, size = (tifffile.TiffFile(io.BytesIO(small)).pages[0].tags[tag].value[0] for tag in ("StripOffsets", "StripByteCounts"))
+    other = tifffile.TiffFile(io.BytesIO(large)).pages[0].tags["StripOffsets"].value[0]
+    swapped = small[:at] + large[other : other + size] + small[at + size :]
+    asked: list[bytes] = []
+    monkeypatch.setattr(geotiff.imagecodecs, "tiff_decode", lambda data, **_: asked.append(data) or np.zeros((16, 16), np.uint8))
+    geotiff.decode(swapped, "a.tif", DTYPES, 1, None)
+    assert asked == [swapped]
+
+
+def test_equal_entries_with_other_values_elsewhere_are_told_apart() -> None:
+    """Strip offsets and nodata lie outside of the entries, which are equal then."""
+    pixels = np.arange(64 * 200, dtype=np.uint16).reshape(1, 64, 200)
+    one, other = (tif(pixels, nodata=nodata, blockysize=4) for nodata in (11111, 22222))
+    assert len(one) == len(other)
+    for data, nodata in ((one, 11111), (other, 22222), (one, 11111)):
+        assert geotiff.decode(data, "a.tif", DTYPES, 1, None).nodata == nodata
+    offsets = tifffile.TiffFile(io.BytesIO(one)).pages[0].tags["StripOffsets"]
+    moved = bytearray(one)
+    moved[offsets.valueoffset : offsets.valueoffset + 4] = struct.pack("<I", offsets.value[1])  # the second strip twice
+    found = geotiff.decode(bytes(moved), "a.tif", DTYPES, 1, None).pixels
+    assert np.array_equal(found, gdal(bytes(moved))[0])
+    assert np.array_equal(found[0, :4], pixels[0, 4:8])
+
+
+def test_the_same_damage_is_told_of_every_file_by_its_own_name() -> None:
+    whole = tif(pixels_of("uint8", 1))
+    for name in ("a.tif", "b.tif", "a.tif"):
+        with pytest.raises(Rejected, match=rf"^{name}: truncated"):
+            geotiff.decode(whole[:-1], name, DTYPES, 1, None)
+
+
+def test_of_a_tag_that_is_repeated_the_first_counts_as_for_gdal() -> None:
+    data = bytearray(tif(pixels_of("uint8", 1)))
+    start = int.from_bytes(data[4:8], "little") + 2
+    at = next(
+        at for at in range(start, len(data), 12) if data[at : at + 2] == struct.pack("<H", 262)
+    )  # PhotometricInterpretation
+    data[at : at + 12] = struct.pack("<HHII", 257, 3, 1, 1)  # a second height
+    found = geotiff.decode(bytes(data), "a.tif", DTYPES, 1, None).pixels
+    assert found.shape == (1, SIDE, SIDE + 3)
+    assert np.array_equal(found, gdal(bytes(data))[0])
+
+
+def test_an_archive_full_of_other_directories_takes_bounded_memory() -> None:
+    """What is kept of directories is bounded in their number and size."""
+    kept = tiff_directory._known_directory.cache_info
+    long = tif(np.zeros((1, 1200, 3), "uint8"), blockysize=1)  # 1200 strips: 4800 bytes of offsets
+    before = kept().misses
+    geotiff.header(long, "a.tif")
+    assert kept().misses == before
+    for width in range(1, 300):
+        geotiff.header(tif(np.zeros((1, 3, width), "uint8")), "a.tif")
+    assert kept().currsize == kept().maxsize == 256
+
+
+@pytest.mark.parametrize("compress", [None, "JPEG"])
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_bigtiff_whose_offsets_have_no_8_bytes_is_refused_as_gdal_refuses_it(compress: str | None, at: int) -> None:
+    data = bytearray(tif(pixels_of("uint8", 1), compress=compress, BIGTIFF="YES"))
+    data[at] = 4
+    with pytest.raises(rasterio.errors.RasterioIOError):
+        gdal(bytes(data))
+    with pytest.raises(Rejected, match="a.tif: unreadable: it begins with"):
+        geotiff.decode(bytes(data), "a.tif", DTYPES, 1, None)
+
+
+def test_a_directory_that_only_libtiff_cannot_find_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: object, **__: object) -> None:
+        raise IndexError("directory out of range")  # which is no ValueError, and which it has been seen to raise
+
+    monkeypatch.setattr(geotiff.imagecodecs, "tiff_decode", decode)
+    with pytest.raises(Rejected, match="a.tif: unreadable: libtiff says: directory out of range"):
+        geotiff.decode(tif(pixels_of("uint8", 1), compress="lzw"), "a.tif", DTYPES, 1, None)
