@@ -14,7 +14,7 @@ import torch
 
 from cromss_dist.data.loading.augment import prepare, train_geometry
 from cromss_dist.data.loading.loader import TrainLoader
-from cromss_dist.data.loading.order import draws
+from cromss_dist.data.loading.order import Draws
 from cromss_dist.data.loading.plan import Source, TrainPlan
 from cromss_dist.data.store.open import open_dataset
 from cromss_dist.models.encoder import build_encoder
@@ -60,7 +60,7 @@ def _row(loader: TrainLoader, size: int) -> str:
     encoders = torch.nn.ModuleList([build_encoder("resnet50", 5, len(bands)) for bands in (S1_BANDS, S2_BANDS)]).to(device)
 
     def on_device(batch: Batch) -> Example:
-        geometry = train_geometry(draws(SEED, batch.epochs.numpy(), batch.sample_ids.numpy()), patch_px, CROP_PX, 0.5, 0.2, 90.0)
+        geometry = train_geometry(Draws(SEED, batch.epochs.numpy(), batch.sample_ids.numpy()), patch_px, CROP_PX, 0.5, 0.2, 90.0)
         return prepare(batch, geometry, S1_BANDS, S2_BANDS, "ts", device)
 
     def train(example: Example) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from stopwatch import peak_mib
 
-from cromss_dist.data.loading.order import TrainingOrder, draws
+from cromss_dist.data.loading.order import Draws, TrainingOrder
 
 GLOBAL_BATCH = 256
 WARM_UP = np.ones(4, np.int64)
@@ -23,7 +23,7 @@ WARM_UP = np.ones(4, np.int64)
 def first_batch(sizes: np.ndarray[tuple[int], np.dtype[np.int64]], start: int) -> None:
     """Ids, seasons and geometry of one global batch, from nothing."""
     stretch = TrainingOrder([sizes], [1.0], seed=0).stretch(start, GLOBAL_BATCH)
-    draws(0, stretch.epoch, stretch.place)
+    Draws(0, stretch.epoch, stretch.place)
 
 
 def measure_order(samples: int, per_shard: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cromss_dist.config import BatchPlan, RunConfig
 from cromss_dist.data.loading.augment import eval_geometry, prepare, train_geometry
 from cromss_dist.data.loading.loader import EvalLoader, TrainLoader
-from cromss_dist.data.loading.order import draws
+from cromss_dist.data.loading.order import Draws
 from cromss_dist.data.loading.run_data import RunData
 from cromss_dist.errors import TrainingError
 from cromss_dist.losses import CromssLoss
@@ -148,7 +148,7 @@ class Pretraining:
 
     def _example(self, batch: Batch) -> Example:
         data, loss = self.config.data, self.config.loss
-        drawn = draws(self.config.seed, batch.epochs.numpy(), batch.sample_ids.numpy())
+        drawn = Draws(self.config.seed, batch.epochs.numpy(), batch.sample_ids.numpy())
         geometry = train_geometry(drawn, self.patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
         return prepare(batch, geometry, data.s1_bands, data.s2_bands, loss.prior, self.world.device)
 

@@ -49,7 +49,7 @@ def train_geometry(draws: Draws, patch_px: int, crop_px: int, flip_p: float, rot
     """Random crop, flip and rotation of each sample.
 
     Args:
-        draws: From `order.draws` for the batch.
+        draws: From `order.Draws` for the batch.
         patch_px: Side of the stored patch at 10 m.
         crop_px: Side of the output.
         flip_p: Probability of a flip: horizontal, vertical or both, equally likely.

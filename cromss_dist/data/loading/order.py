@@ -26,6 +26,7 @@ Tail: TypeAlias = Literal["carry", "drop", "pad"]
 
 ORDER_VERSION = 2  # another number, another order: a run of one cannot go on with the other
 MAX_LANES = 64
+_BLOCK = 2**16  # hashes made at a time
 MIXTURE_PERIOD = 4096  # slots; weights are honoured to a slot
 
 
@@ -207,8 +208,8 @@ class _Line:
         self.lanes = 1
         while self.lanes < MAX_LANES and self.num_samples // (2 * self.lanes) >= window:
             self.lanes *= 2
-        self._rows: dict[int, tuple[IntArray, IntArray]] = {}
-        self._windows: dict[int, tuple[tuple[int, int], npt.NDArray[np.int32]]] = {}
+        self._rows: dict[int, tuple[npt.NDArray[np.uint32], IntArray]] = {}
+        self._windows: dict[int, tuple[tuple[int, int], npt.NDArray[np.uint32]]] = {}
 
     def at(self, epochs: IntArray, places: IntArray) -> IntArray:
         """Sample at each place 0 .. num_samples - 1 of an epoch."""
@@ -218,11 +219,8 @@ class _Line:
         num_windows = np.maximum(1, length // self.window)  # of equal lengths but for 1: a short last one would shuffle little
         window = ((lane_step + 1) * num_windows - 1) // length
         begin, end = window * length // num_windows, (window + 1) * length // num_windows
-        inside = np.empty_like(places)
-        groups, member = np.unique(np.stack([epochs, lane, window, end - begin]), axis=1, return_inverse=True)
-        for group, (epoch, of_lane, of_window, size) in enumerate(groups.T.tolist()):
-            here = member.ravel() == group
-            inside[here] = self._shuffled(epoch, of_lane, of_window, size)[(lane_step - begin)[here]]
+        of_samples = zip(*(array.tolist() for array in (epochs, lane, window, end - begin, lane_step - begin)), strict=True)
+        inside = np.array([self._shuffled(*of_window)[step] for *of_window, step in of_samples], np.int64)
         in_row = lane * shorter + np.minimum(lane, longer) + begin + inside
         samples = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
@@ -232,41 +230,45 @@ class _Line:
             samples[here] = self.starts[shards[nth]] + in_row[here] - (ends[nth] - self.sizes[shards[nth]])
         return samples
 
-    def _row(self, epoch: int) -> tuple[IntArray, IntArray]:
+    def _row(self, epoch: int) -> tuple[npt.NDArray[np.uint32], IntArray]:
         """The shards in the order of an epoch, and where each ends in the row of samples."""
         row = self._rows.get(epoch)
         if row is None:
-            shards = np.argsort(hash64(self.seed, _Stream.SHARDS, self.source, epoch, np.arange(len(self.sizes))), kind="stable")
+            shards = _by_hash(len(self.sizes), self.seed, _Stream.SHARDS, self.source, epoch)
             row = shards, np.cumsum(self.sizes[shards])
             # Two at most: a batch reaches from one epoch into the next. A new dict, since other threads read the old one.
             self._rows = {**{known: other for known, other in self._rows.items() if known == epoch - 1}, epoch: row}
         return row
 
-    def _shuffled(self, epoch: int, lane: int, window: int, size: int) -> npt.NDArray[np.int32]:
+    def _shuffled(self, epoch: int, lane: int, window: int, size: int) -> npt.NDArray[np.uint32]:
         """The order inside a window. Each lane keeps the last: memory is lanes x window, however many datasets there are."""
         of, shuffled = self._windows.get(lane, (None, None))
         if shuffled is None or of != (epoch, window):
-            hashes = hash64(self.seed, _Stream.WINDOW, self.source, epoch, lane, window, np.arange(size))
-            shuffled = np.argsort(hashes, kind="stable").astype(np.int32)
+            shuffled = _by_hash(size, self.seed, _Stream.WINDOW, self.source, epoch, lane, window)
             self._windows[lane] = (epoch, window), shuffled
         return shuffled
 
 
-@dataclass(frozen=True)
+def _by_hash(count: int, *key: int) -> npt.NDArray[np.uint32]:
+    """0 .. count - 1, each ranked by a hash of its own, less the lowest bits, and where hashes are equal by itself.
+
+    Hash and number share a 64-bit word, which is sorted where it lies: millions of shards in little more than their size.
+    """
+    number_bits = np.uint64(2 ** max(1, (count - 1).bit_length()) - 1)
+    words = np.empty(count, np.uint64)
+    for begin in range(0, count, _BLOCK):
+        numbers = np.arange(begin, min(begin + _BLOCK, count), dtype=np.uint64)
+        words[begin : begin + _BLOCK] = (hash64(*key, numbers) & ~number_bits) | numbers
+    words.sort()
+    words &= number_bits
+    return words.astype(np.uint32)
+
+
+@dataclass(frozen=True, eq=False)
 class Draws:
-    """The random numbers of B samples; floats are uniform in [0, 1). `augment` says what they become."""
+    """The random numbers of B samples, each a function of its own (seed, epoch, sample id) and of nothing else.
 
-    season: FloatArray  # (B,): which season
-    row: FloatArray  # (B,): where the crop starts
-    col: FloatArray
-    flip: FloatArray  # (B,): whether to flip
-    flip_kind: FloatArray  # (B,): which way
-    rotate: FloatArray  # (B,): whether to rotate
-    angle: FloatArray  # (B,): how far
-
-
-def draws(seed: int, epochs: IntArray, sample_ids: IntArray) -> Draws:
-    """Draws for B samples, each a function of its own (seed, epoch, sample id) and of nothing else.
+    All are float64 (B,), uniform in [0, 1); `augment` says what they become.
 
     Args:
         seed: Of the run.
@@ -274,19 +276,48 @@ def draws(seed: int, epochs: IntArray, sample_ids: IntArray) -> Draws:
         sample_ids: int64 (B,): index of the location in the manifest.
     """
 
-    def uniform(stream: _Stream) -> FloatArray:
-        # The upper 53 bits are all that a float64 in [0, 1) can hold.
-        return (hash64(seed, stream, epochs, sample_ids) >> np.uint64(11)).astype(np.float64) / 2**53
+    seed: int
+    epochs: IntArray
+    sample_ids: IntArray
 
-    return Draws(
-        season=uniform(_Stream.SEASON),
-        row=uniform(_Stream.ROW),
-        col=uniform(_Stream.COL),
-        flip=uniform(_Stream.FLIP),
-        flip_kind=uniform(_Stream.FLIP_KIND),
-        rotate=uniform(_Stream.ROTATE),
-        angle=uniform(_Stream.ANGLE),
-    )
+    @property
+    def season(self) -> FloatArray:
+        """Which season."""
+        return self._uniform(_Stream.SEASON)
+
+    @property
+    def row(self) -> FloatArray:
+        """In which row the crop starts."""
+        return self._uniform(_Stream.ROW)
+
+    @property
+    def col(self) -> FloatArray:
+        """In which column it starts."""
+        return self._uniform(_Stream.COL)
+
+    @property
+    def flip(self) -> FloatArray:
+        """Whether to flip."""
+        return self._uniform(_Stream.FLIP)
+
+    @property
+    def flip_kind(self) -> FloatArray:
+        """Which way."""
+        return self._uniform(_Stream.FLIP_KIND)
+
+    @property
+    def rotate(self) -> FloatArray:
+        """Whether to rotate."""
+        return self._uniform(_Stream.ROTATE)
+
+    @property
+    def angle(self) -> FloatArray:
+        """How far."""
+        return self._uniform(_Stream.ANGLE)
+
+    def _uniform(self, stream: _Stream) -> FloatArray:
+        # The upper 53 bits are all that a float64 in [0, 1) can hold.
+        return (hash64(self.seed, stream, self.epochs, self.sample_ids) >> np.uint64(11)).astype(np.float64) / 2**53
 
 
 def split(keys: Sequence[str], val_fraction: float, seed: int) -> tuple[IntArray, IntArray]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.loading.order import IntArray, Stretch, Tail, TrainingOrder, draws
+from cromss_dist.data.loading.order import Draws, IntArray, Stretch, Tail, TrainingOrder
 from cromss_dist.data.loading.selection import Selection, draw_seasons, select
 from cromss_dist.data.store.collection import Collection
 from cromss_dist.data.store.dataset import Dataset
@@ -219,7 +219,7 @@ class TrainPlan:
             here = sources == number
             sample_ids[here] = selection.ids[places[here]] + self.starts[number]
             allowed[here] = selection.seasons[places[here]]
-        return sample_ids, draw_seasons(draws(self.seed, epochs, sample_ids).season, allowed)
+        return sample_ids, draw_seasons(Draws(self.seed, epochs, sample_ids).season, allowed)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -137,7 +137,7 @@ def draw_seasons(uniform: FloatArray, allowed: BoolArray) -> IntArray:
     """Picks uniformly among the allowed seasons; where all are, it is floor(uniform x S).
 
     Args:
-        uniform: float64 (B,) in [0, 1): `draws(...).season`.
+        uniform: float64 (B,) in [0, 1): `Draws(...).season`.
         allowed: bool (B, S), at least one a row: `selection.seasons[places]`.
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.loading.augment import Geometry, PriorKind, bicubic_matrix, eval_geometry, prepare, train_geometry
-from cromss_dist.data.loading.order import draws
+from cromss_dist.data.loading.order import Draws
 from cromss_dist.errors import ConfigError
 from cromss_dist.schema import IMAGE_ARRAYS, S1_BANDS, S2_9, S2_BANDS, Batch, Example
 
@@ -50,7 +50,7 @@ def layers(example: Example) -> dict[str, Tensor]:
 
 
 def geometry_of(batch: Batch, crop_px: int, seed: int = 0, rotate_p: float = 0.5) -> Geometry:
-    drawn = draws(seed, batch.epochs.numpy(), batch.sample_ids.numpy())
+    drawn = Draws(seed, batch.epochs.numpy(), batch.sample_ids.numpy())
     return train_geometry(drawn, batch.labels.shape[-1], crop_px, flip_p=0.7, rotate_p=rotate_p, rotate_max_deg=90)
 
 
@@ -96,7 +96,7 @@ def test_crop_and_flip_of_a_batch_equal_crop_and_flip_of_the_whole_patch() -> No
 
 
 def test_crops_lie_in_the_patch_and_reach_its_borders_and_all_flips_occur() -> None:
-    drawn = draws(0, np.zeros(4000, np.int64), np.arange(4000))
+    drawn = Draws(0, np.zeros(4000, np.int64), np.arange(4000))
     geometry = train_geometry(drawn, 20, 16, flip_p=0.75, rotate_p=0.2, rotate_max_deg=90)
     assert (geometry.rows.diff(dim=1).abs() == 1).all()
     for line in (geometry.rows, geometry.cols):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cromss_dist.data.loading.order import draws, hash64, split
+from cromss_dist.data.loading.order import Draws, hash64, split
 from cromss_dist.errors import ConfigError
 
 
@@ -15,21 +15,21 @@ def test_hash_has_its_golden_values() -> None:
 
 
 def test_draws_have_their_golden_values() -> None:
-    drawn = draws(0, np.zeros(5, np.int64), np.arange(5))
+    drawn = Draws(0, np.zeros(5, np.int64), np.arange(5))
     assert np.floor(drawn.season * 4).tolist() == [0, 3, 3, 2, 2]
     np.testing.assert_allclose(drawn.row, [0.73803651, 0.37759775, 0.43021699, 0.38732719, 0.54771911], atol=1e-8)
 
 
 def test_a_draw_depends_on_its_own_sample_alone() -> None:
-    together = draws(4, np.array([0, 0, 1]), np.array([8, 9, 8]))
-    alone = draws(4, np.array([1]), np.array([8]))
+    together = Draws(4, np.array([0, 0, 1]), np.array([8, 9, 8]))
+    alone = Draws(4, np.array([1]), np.array([8]))
     for name in ("season", "row", "col", "flip", "flip_kind", "rotate", "angle"):
         assert getattr(together, name)[2] == getattr(alone, name)[0]
     assert together.row[0] != together.row[2]
 
 
 def test_draws_are_uniform_and_uncorrelated() -> None:
-    drawn = draws(0, np.zeros(20_000, np.int64), np.arange(20_000))
+    drawn = Draws(0, np.zeros(20_000, np.int64), np.arange(20_000))
     floats = np.stack([drawn.row, drawn.col, drawn.flip, drawn.flip_kind, drawn.rotate, drawn.angle])
     assert floats.min() >= 0
     assert floats.max() < 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cromss_dist.data.loading.loader import EvalLoader, TrainLoader
-from cromss_dist.data.loading.order import TrainingOrder, draws
+from cromss_dist.data.loading.order import Draws, TrainingOrder
 from cromss_dist.data.loading.plan import EvalPlan, Request, Source, TrainPlan
 from cromss_dist.data.loading.reading import BatchMemory
 from cromss_dist.data.loading.selection import Selection, select
@@ -69,7 +69,7 @@ def test_samples_are_those_of_the_order_in_turn() -> None:
     expected = []
     for step in range(5):
         stretch = order.stretch(step * 8, 8)
-        seasons = np.floor(draws(5, stretch.epoch, stretch.place).season * 4).astype(int)
+        seasons = np.floor(Draws(5, stretch.epoch, stretch.place).season * 4).astype(int)
         expected += list(zip(stretch.epoch.tolist(), stretch.place.tolist(), seasons.tolist(), strict=True))
     assert samples(take(TrainLoader(plan=plan_of()), 20)) == expected
 
@@ -294,7 +294,7 @@ def test_a_neighbour_stands_in_for_a_damaged_sample_and_the_rest_stays(damaged: 
     found = samples(batches)
     for (epoch, sample, season), other in zip(intact, found, strict=True):
         if sample in damaged:
-            stands_in = int(np.floor(draws(5, np.array([epoch]), np.array([used])).season[0] * 4))
+            stands_in = int(np.floor(Draws(5, np.array([epoch]), np.array([used])).season[0] * 4))
             assert other == (epoch, used, stands_in)
             assert any(r.damaged == f"0-{sample:07d}" and r.epoch == epoch and r.season == season for r in replaced)
         else:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cromss_dist.data.loading.order import MIXTURE_PERIOD, ORDER_VERSION, Stretch, TrainingOrder, draws
+from cromss_dist.data.loading.order import MIXTURE_PERIOD, ORDER_VERSION, Draws, Stretch, TrainingOrder
 from cromss_dist.data.loading.selection import draw_seasons, select
 from cromss_dist.errors import ConfigError
 from tests.data.fake_dataset import FakeDataset
@@ -252,7 +252,7 @@ def test_filters_leave_out_what_they_filter_and_keep_every_law() -> None:
         stretch = order.stretch(epoch * num, num)
         ids = selection.ids[stretch.place]
         assert sorted(ids.tolist()) == selection.ids.tolist()
-        season = draw_seasons(draws(5, stretch.epoch, ids).season, selection.seasons[stretch.place])
+        season = draw_seasons(Draws(5, stretch.epoch, ids).season, selection.seasons[stretch.place])
         assert set(season.tolist()) == {0, 2}
 
 

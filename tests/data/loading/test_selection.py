@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cromss_dist.data.loading.order import draws, split
+from cromss_dist.data.loading.order import Draws, split
 from cromss_dist.data.loading.selection import Region, Selection, draw_seasons, select
 from cromss_dist.data.reporting.quality import Quality, write_csv
 from cromss_dist.data.reporting.report import measure
@@ -228,7 +228,7 @@ def test_a_split_of_a_selection_keeps_its_seasons_and_counts_its_shards(table: C
 
 
 def test_seasons_are_drawn_uniformly_among_the_allowed() -> None:
-    uniform = draws(0, np.zeros(30_000, np.int64), np.arange(30_000)).season
+    uniform = Draws(0, np.zeros(30_000, np.int64), np.arange(30_000)).season
     every = np.array([[bool(mask >> season & 1) for season in range(4)] for mask in range(1, 16)])
     masks = every[np.arange(30_000) % 15]
     drawn = draw_seasons(uniform, masks)
