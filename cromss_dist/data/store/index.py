@@ -54,9 +54,13 @@ class LocalFiles:
     folder: Path
     names: tuple[str, ...]
 
+    @cached_property
+    def _paths(self) -> tuple[Path, ...]:
+        return tuple(self.folder / name for name in self.names)  # once: making a path takes as long as reading a small array
+
     def path(self, shard: int) -> Path:
         """The file of a shard."""
-        return self.folder / self.names[shard]
+        return self._paths[shard]
 
     def discard(self, shard: int) -> bool:
         """There is no other copy."""
@@ -168,18 +172,20 @@ class ShardIndex(StoredDataset):
         for name, array in arrays.items():
             layout = self._layout[name]
             seasons = range(season, season + 1) if layout.all_seasons is None else range(layout.all_seasons)
-            if array.dtype != np.uint8 or array.nbytes != layout.block * len(seasons) or not array.flags.c_contiguous:
+            num_bytes = layout.block * len(seasons)
+            if array.dtype != np.uint8 or array.nbytes != num_bytes or not array.flags.c_contiguous:
                 wanted = f"a C-contiguous uint8 array of shape {self.shape(name)}"
                 raise ValueError(f"{name} needs {wanted}, not {array.dtype} {array.shape}")
             try:
-                found = os.preadv(descriptor, [array.data], offsets[layout.column] + layout.block * seasons.start)
+                found = os.preadv(descriptor, [array], offsets[layout.column] + layout.block * seasons.start)
             except OSError as error:
                 raise self._damaged(path, sample_id, f"{name}.npy", str(error)) from error
             # A short read must be an error before checksums are looked at: the array may hold the right bytes from before.
-            if found != array.nbytes:
+            if found != num_bytes:
                 member = f"{name}.npy, season {seasons[found // layout.block]}"
                 raise self._damaged(path, sample_id, member, "the file ends before it")
-            for stored_season, block in zip(seasons, array.reshape(-1, layout.block), strict=True):
+            blocks = [array] if layout.all_seasons is None else array
+            for stored_season, block in zip(seasons, blocks, strict=True):
                 if google_crc32c.value(block) != checksums[layout.column][stored_season]:
                     member = f"{name}.npy, season {stored_season}"
                     raise self._damaged(path, sample_id, member, "the bytes do not match their CRC-32C")

@@ -76,7 +76,7 @@ class StoredDataset:
         """Side of the patches at 10 m, px."""
         return int(self.manifest["patch_px"])
 
-    @property
+    @cached_property
     def num_seasons(self) -> int:
         """Scenes a location has in each modality, and labels."""
         return int(self.manifest["arrays"][LABEL_ARRAY]["shape"][0])
