@@ -56,7 +56,7 @@ class ReadingConfig:
         threads: Threads that read and check samples, of each rank or, with `workers`, of each worker process.
         workers: Processes of each rank that read; 0 reads in the rank's own.
         prefetch_batches: Micro batches read ahead on each rank, and by each worker process.
-        lookahead_batches: Micro batches whose remote shards are fetched ahead.
+        lookahead_batches: Micro batches whose remote shards are fetched ahead; nothing for data on this node.
         timeout_s: Seconds a batch may take to be read before the run ends with an error that says what hangs.
         on_corrupt: A sample whose bytes do not match their checksum: 'stop' ends the run, 'replace' takes its neighbour
             instead, on every machine the same one, and says so.

@@ -41,6 +41,7 @@ class FakeDataset:
         class_names: What label values mean.
         with_reference: Whether there are reference labels.
         contracts: Normalisation of each modality.
+        is_local: Whether there is nothing to fetch.
         damaged: Sample ids whose reading raises ShardError.
         delay_s: What one reading takes.
         fetch_delay_s: What fetching one shard takes.
@@ -54,6 +55,7 @@ class FakeDataset:
     class_names: tuple[str, ...] = CLASS_NAMES
     with_reference: bool = True
     contracts: Mapping[Modality, Normalisation] = field(default_factory=lambda: dict(NORMALISATION))
+    is_local: bool = False
     damaged: frozenset[int] = frozenset()
     delay_s: float = 0.0
     fetch_delay_s: float = 0.0

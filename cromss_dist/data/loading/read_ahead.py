@@ -68,7 +68,7 @@ class ReadAhead(Protocol):
 
 
 class FetchedAhead:
-    """Passes requests on, and has the shards of those that follow fetched meanwhile.
+    """Passes requests on, and has the shards of those that follow fetched meanwhile, where they are not on this node.
 
     Args:
         dataset: Of the requests.
@@ -77,6 +77,7 @@ class FetchedAhead:
     """
 
     def __init__(self, dataset: Dataset, requests: Iterator[Request], lookahead: int) -> None:
+        lookahead = 0 if dataset.is_local else lookahead
         self._dataset, self._requests, self._lookahead = dataset, requests, lookahead
         self._ends = np.cumsum(dataset.shard_sizes)
         self._ahead: deque[tuple[Request, list[int]]] = deque()

@@ -238,6 +238,11 @@ class CachedFiles:
     entries: Sequence[RemoteFile]
     cache: ShardCache
 
+    @property
+    def are_local(self) -> bool:
+        """Whether a file is here is known once it is asked for."""
+        return False
+
     def path(self, shard: int) -> Path:
         """The file on this node, fetched where it is not there. Raises what `ShardCache.get` raises."""
         entry = self.entries[shard]

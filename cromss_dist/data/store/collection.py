@@ -63,6 +63,11 @@ class Collection:
         return np.concatenate([dataset.shard_sizes for dataset in self.datasets])
 
     @property
+    def is_local(self) -> bool:
+        """Whether all bytes of all datasets are on this node."""
+        return all(dataset.is_local for dataset in self.datasets)
+
+    @property
     def patch_px(self) -> int:
         """Side of the patches at 10 m, px."""
         return self.datasets[0].patch_px

@@ -131,6 +131,11 @@ class CubeIndex(StoredDataset):
         """First sample of each shard."""
         return np.cumsum(self.shard_sizes) - self.shard_sizes
 
+    @property
+    def is_local(self) -> bool:
+        """Whether all of its bytes are on this node."""
+        return self.files.are_local
+
     def fetch(self, shard: int) -> None:
         """Makes sure that the files of a shard, one an array, are on this node, see `dataset.Dataset`."""
         for name in self.arrays:

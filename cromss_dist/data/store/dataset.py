@@ -44,6 +44,10 @@ class Dataset(Protocol):
         """Samples in each shard, int64 (K,), in the order of the manifest; they add up to N."""
 
     @property
+    def is_local(self) -> bool:
+        """Whether all of its bytes are on this node, so that `fetch` has nothing to do."""
+
+    @property
     def patch_px(self) -> int:
         """Side of the patches at 10 m, px."""
 

@@ -30,6 +30,10 @@ Result = TypeVar("Result")
 class ShardFiles(Protocol):
     """Where the tars of a dataset lie on this node. All calls are thread-safe."""
 
+    @property
+    def are_local(self) -> bool:
+        """Whether all of them lie on this node already."""
+
     def path(self, shard: int) -> Path:
         """The file of a shard, fetched first if need be.
 
@@ -53,6 +57,11 @@ class LocalFiles:
 
     folder: Path
     names: tuple[str, ...]
+
+    @property
+    def are_local(self) -> bool:
+        """They are."""
+        return True
 
     @cached_property
     def _paths(self) -> tuple[Path, ...]:
@@ -97,6 +106,11 @@ class ShardIndex(StoredDataset):
     def _tars(self) -> TarTables:
         assert self.tables.tars is not None, "it was opened with tars"
         return self.tables.tars
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all of its bytes are on this node."""
+        return self.files.are_local
 
     def fetch(self, shard: int) -> None:
         """Makes sure that a shard is on this node, see `dataset.Dataset`."""

@@ -3,7 +3,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -241,6 +241,23 @@ def test_shards_are_fetched_ahead_once_and_no_further_than_asked() -> None:
 def test_without_lookahead_nothing_is_fetched_ahead() -> None:
     dataset = FakeDataset(SIZES)
     take(TrainLoader(plan=plan_of(dataset), lookahead=0), 4)
+    assert not dataset.fetched
+
+
+def test_where_all_is_local_nothing_is_looked_at_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[int] = []
+    requests = TrainPlan.requests
+
+    def noted(plan: TrainPlan) -> Iterator[Request]:
+        for request in requests(plan):
+            planned.append(request.number)
+            yield request
+
+    monkeypatch.setattr(TrainPlan, "requests", noted)
+    dataset = FakeDataset(SIZES, is_local=True)
+    with TrainLoader(plan=plan_of(dataset), prefetch=1, lookahead=64) as loader:
+        next(loader)
+    assert planned == [0, 1]
     assert not dataset.fetched
 
 

@@ -35,6 +35,11 @@ def test_shards_are_counted_on_from_dataset_to_dataset() -> None:
     assert [part.fetched for part in parts] == [[0, 1, 2], [0], [0, 1]]
 
 
+def test_a_collection_is_local_where_all_of_it_is() -> None:
+    local, remote = FakeDataset((1,), is_local=True), FakeDataset((1,), is_local=False)
+    assert [Collection(parts).is_local for parts in ((local, local), (local, remote), (remote,))] == [True, False, False]
+
+
 def test_the_digest_depends_on_every_dataset_and_their_order() -> None:
     digests = {Collection(parts).digest for parts in (PARTS, PARTS[:2], PARTS[::-1], PARTS[1:])}
     assert len(digests) == 4

@@ -272,6 +272,7 @@ class Copies:
     whole: Path
     copies: int
     asked: list[str] = field(default_factory=list)
+    are_local: bool = False
 
     def path(self, shard: int) -> Path:
         self.asked.append(self.local.names[shard])

@@ -351,6 +351,7 @@ class TwoCopies:
     good: Path
     others: int
     asked: int = 0
+    are_local: bool = False
 
     def path(self, shard: int) -> Path:
         return self.good if self.asked and self.others else self.bad

@@ -73,6 +73,7 @@ def test_a_dataset_behind_a_url_is_the_one_in_the_folder(server: FileServer, fol
     local, found = open_dataset(folder), open_dataset(server.url, cache)
     assert (found.digest, found.locations, found.images) == (local.digest, local.locations, local.images)
     np.testing.assert_array_equal(found.shard_sizes, local.shard_sizes)
+    assert (found.is_local, local.is_local) == (False, True)
     assert_all_equal(found, local)
 
 
