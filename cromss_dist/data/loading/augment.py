@@ -147,7 +147,10 @@ def _images(batch: Batch, modality: Modality, bands: Sequence[str], rows: Tensor
     for spec in batch.specs:
         wanted = [band for band in spec.bands if band in bands] if spec.modality == modality else []
         if wanted:
-            stored = batch.images[spec.name][:, [spec.bands.index(band) for band in wanted]].to(rows.device, non_blocking=True)
+            # Chosen on the device: a choice on the host is a copy there, in memory that a device has to wait for.
+            stored = batch.images[spec.name].to(rows.device, non_blocking=True)
+            if len(wanted) < len(spec.bands):
+                stored = torch.stack([stored[:, spec.bands.index(band)] for band in wanted], dim=1)
             found = _gather(stored, rows, cols).float() if spec.scale == 1 else _upsample(stored, spec.scale, rows, cols)
             layers.update(zip(wanted, found.unbind(1), strict=True))
     return torch.stack([layers[band] for band in bands], dim=1) / 255
