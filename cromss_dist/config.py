@@ -23,7 +23,7 @@ def _require(ok: bool, key: str, value: object, allowed: str) -> None:
 
 def _absolute(location: str) -> str:
     """A path that holds in every working directory; a URL does already."""
-    return location if "://" in location else str(Path(location).absolute())
+    return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class FilterConfig:
     """Which locations and seasons are used; null takes all.
 
     Args:
-        seasons: Seasons that training draws from.
-        region: West, south, east, north in degrees; a region across 180 degrees has west > east.
+        seasons: Seasons that training draws from: `[0, 2]`. Validation has its own, `data.val_seasons`.
+        region: West, south, east, north in degrees: `[5, 45, 15, 55]`; a region across 180 degrees has west > east.
         max_cloud_share: Largest share of cloudy pixels, in [0, 1]; needs `quality`, as the next two.
         max_nodata_share: Largest share of pixels without a value, of either modality, in [0, 1].
         max_shift_px: Largest shift of S1 against S2, px at 10 m; one that cannot be told counts as none.
-        quality: `quality.csv` of each dataset, in their order, written by `tools/report.py`.
+        quality: `quality.csv` of each dataset, in their order, written by `tools/report.py`: `[shards-report/quality.csv]`.
     """
 
     seasons: tuple[int, ...] | None = None
@@ -81,7 +81,8 @@ class ReadingConfig:
         for name in ("workers", "lookahead_batches"):
             _require(getattr(self, name) >= 0, f"data.reading.{name}", getattr(self, name), "give 0 or more")
         for name in ("timeout_s", "cache_gib"):
-            _require(getattr(self, name) > 0, f"data.reading.{name}", getattr(self, name), "give more than 0")
+            # Clocks and counts of bytes overflow far above that.
+            _require(0 < getattr(self, name) <= 1e6, f"data.reading.{name}", getattr(self, name), "give more than 0, up to 1e6")
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ class DataConfig:
         _require(self.window >= 1, "data.window", self.window, "give at least 1 sample")
         ok = bool(self.weights) and all(math.isfinite(weight) and weight > 0 for weight in self.weights.values())
         _require(ok, "data.shards", self.shards, "give a folder or URL, or several with a positive weight each")
+        ok = len({_absolute(location) for location in self.weights}) == len(self.weights)
+        _require(ok, "data.shards", self.shards, "a folder is named twice; give it once, with the sum of its weights")
         _require(
             len(self.weights) == 1 or self.tail == "carry",
             "data.tail",
@@ -416,7 +419,9 @@ class RunConfig:
     @property
     def digest(self) -> str:
         """sha256 (hex) of the resolved config."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        content = self.to_dict()
+        content["data"]["shards"] = list(self.data.weights.items())  # in order: it numbers the samples of a mixture
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Config: defaults, YAML, overrides, and the errors that name the mend."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cromss_dist.config import EngineConfig, RunConfig, plan_batches
+from cromss_dist.config import DataConfig, EngineConfig, RunConfig, plan_batches
 from cromss_dist.errors import BatchError, ConfigError, CromssError
 from cromss_dist.parse import from_dict, known_keys, parse_run, write_yaml
 from cromss_dist.pretrain import Preflight
@@ -42,6 +43,17 @@ def test_a_written_config_reads_back_equal(tmp_path: Path) -> None:
     assert from_dict(config.to_dict()) == config
 
 
+def test_the_digest_follows_the_order_of_a_mixture_which_numbers_its_samples() -> None:
+    one, other = (replace(RunConfig(), data=DataConfig(shards=shards)) for shards in ({"a": 1.0, "b": 2.0}, {"b": 2.0, "a": 1.0}))
+    assert one.data == other.data
+    assert one.digest != other.digest
+
+
+def test_a_dataset_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.shards=.*named twice"):
+        DataConfig(shards={"a": 0.7, "./a": 0.3})
+
+
 def test_the_digest_follows_every_value() -> None:
     base = RunConfig()
     assert base.digest == RunConfig().digest
@@ -58,6 +70,14 @@ def test_the_digest_follows_every_value() -> None:
         (["--loss.ramp", "cubic"], r"loss.ramp"),
         (["--engine.zero_stage", "7"], r"engine.zero_stage=7 is not allowed; give 0, 1, 2 or 3"),
         (["--data.crop_px", "250"], r"data.crop_px=250 is not allowed; give a multiple of 32"),
+        (["--data.window", "0"], r"data.window=0 is not allowed; give at least 1"),
+        (["--data.tail", "keep"], r"data.tail.*carry.*drop.*pad.*Got value: keep"),
+        (["--data.tail", "pad", "--data.shards", "{a: 1, b: 1}"], r"data.tail='pad' .*set 'carry'"),
+        (["--data.filter.region", "[1,2,3]"], r"data.filter.region.*4 elements"),
+        (["--data.reading.threads", "0"], r"data.reading.threads=0 is not allowed; give at least 1"),
+        (["--data.reading.timeout_s", ".inf"], r"data.reading.timeout_s=inf is not allowed; give more than 0, up to 1e6"),
+        (["--data.reading.cache_gib", ".inf"], r"data.reading.cache_gib=inf is not allowed"),
+        (["--data.reader_threads", "4"], r"'data.reader_threads'; did you mean data.reading.threads"),
         (["--data.s2_bands", "[B01]"], r"unknown \['B01'\]"),
         (["--model.decoder_channels", "[32,16]"], r"give 5 numbers"),
         (["--loss.prior_weight", "0.99"], r"add up to at most 1"),

@@ -1,6 +1,7 @@
 """What a run trains on and what it holds out, from its config."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,26 +47,36 @@ class RunData:
         reading, filters = config.reading, config.filter
         cache = ShardCache(Path(reading.cache), reading.cache_gib) if reading.cache else ShardCache(limit_gib=reading.cache_gib)
         tables = _quality_tables(filters.quality, len(config.weights))
-        datasets = [open_dataset(location, cache, reading.kind) for location in config.weights]
-        usable = [
-            select(
-                dataset,
-                region=filters.region,
-                max_cloud_share=filters.max_cloud_share,
-                max_nodata_share=filters.max_nodata_share,
-                max_shift_px=filters.max_shift_px,
-                quality=quality,
-            )
-            for dataset, quality in zip(datasets, tables, strict=True)
-        ]
-        keys = [[dataset.locations[i] for i in part.ids] for dataset, part in zip(datasets, usable, strict=True)]
+        datasets = {location: open_dataset(location, cache, reading.kind) for location in config.weights}
+        usable = []
+        for (location, dataset), quality in zip(datasets.items(), tables, strict=True):
+            with _filtering(location):
+                part = select(
+                    dataset,
+                    region=filters.region,
+                    max_cloud_share=filters.max_cloud_share,
+                    max_nodata_share=filters.max_nodata_share,
+                    max_shift_px=filters.max_shift_px,
+                    quality=quality,
+                )
+                usable.append(part)
+        keys = [[dataset.locations[i] for i in part.ids] for dataset, part in zip(datasets.values(), usable, strict=True)]
         held_out = [part.take(split(of_part, config.val_fraction, seed)[1]) for part, of_part in zip(usable, keys, strict=True)]
         # A location that several datasets have is trained on in none of them if one holds it out.
-        unseen = {dataset.locations[i] for dataset, part in zip(datasets, held_out, strict=True) for i in part.ids}
+        unseen = {dataset.locations[i] for dataset, part in zip(datasets.values(), held_out, strict=True) for i in part.ids}
         train = []
-        for dataset, part, of_part, weight in zip(datasets, usable, keys, config.weights.values(), strict=True):
+        for (location, dataset), part, of_part in zip(datasets.items(), usable, keys, strict=True):
             seen = part.take(np.flatnonzero([key not in unseen for key in of_part]).astype(np.int64))
-            train.append(Source(dataset, seen if filters.seasons is None else seen.only(filters.seasons), weight))
+            if filters.seasons is not None:
+                with _filtering(location):
+                    seen = seen.only(filters.seasons)
+            if len(seen.ids) == 0:
+                raise ConfigError(
+                    f"Nothing of {location} is left to train on: all of its {len(part.ids)} locations that pass the filters are "
+                    f"held out (data.val_fraction={config.val_fraction:g}; what one dataset holds out is trained on in none) or "
+                    "lack data.filter.seasons. Loosen these, or leave the dataset out."
+                )
+            train.append(Source(dataset, seen, config.weights[location]))
         return cls(config, seed, tuple(train), tuple(held_out))
 
     @cached_property
@@ -108,6 +119,15 @@ class RunData:
             rank=rank,
             world_size=batches.world_size,
         )
+
+
+@contextmanager
+def _filtering(location: str) -> Iterator[None]:
+    """Says in an error which dataset of the run was being filtered, by which part of its config."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"data.filter of {location}: {error}") from error
 
 
 def _quality_tables(paths: Sequence[str], num_datasets: int) -> list[Path | None]:

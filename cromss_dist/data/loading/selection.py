@@ -157,7 +157,9 @@ def _inside(region: Region, lon: FloatArray, lat: FloatArray) -> BoolArray:
 
 def _check_filters(num_seasons: int, seasons: Sequence[int] | None, region: Region | None) -> None:
     if seasons is not None and (not seasons or len(set(seasons)) < len(seasons) or not set(seasons) <= set(range(num_seasons))):
-        raise ConfigError(f"seasons={list(seasons)}: give distinct numbers from 0 to {num_seasons - 1}, at least one, or none.")
+        raise ConfigError(
+            f"seasons={list(seasons)} is not allowed; give distinct numbers from 0 to {num_seasons - 1}, or null for all."
+        )
     if region is None:
         return
     west, south, east, north = region

@@ -95,6 +95,27 @@ def test_a_table_for_each_dataset_is_asked_for(synthetic_shards: Path) -> None:
         RunData.open(config_of(synthetic_shards, filter=filters), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        (FilterConfig(seasons=(4,)), r"data\.filter of .*: seasons=\[4\] .*0 to 3"),
+        (FilterConfig(region=(0, 50, 10, 40)), r"data\.filter of .*: region=\[0, 50, 10, 40\].*south <= north"),
+        (FilterConfig(max_cloud_share=0.5), r"data\.filter of .*: max_cloud_share=0\.5 needs .*quality\.csv"),
+    ],
+)
+def test_a_wrong_filter_is_named_by_its_key_and_the_dataset(synthetic_shards: Path, filters: FilterConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        RunData.open(config_of(synthetic_shards, filter=filters), seed=0)
+    assert str(synthetic_shards) in str(caught.value)
+
+
+def test_a_dataset_of_which_nothing_is_left_to_train_on_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = {"many": FakeDataset([16]), "few": FakeDataset([1, 1])}  # the same keys: what the first holds out, none trains on
+    monkeypatch.setattr(run_data, "open_dataset", lambda location, *_: datasets[location])
+    with pytest.raises(ConfigError, match=r"Nothing of few is left to train on: all of its 2 .*val_fraction=0\.7"):
+        RunData.open(DataConfig(shards=dict.fromkeys(datasets, 1.0), val_fraction=0.7), seed=3)
+
+
 def test_a_kind_that_is_not_there_is_refused(synthetic_shards: Path) -> None:
     with pytest.raises(ShardError, match="cube"):
         RunData.open(config_of(synthetic_shards, reading=ReadingConfig(kind="cube")), seed=0)
