@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -281,16 +281,25 @@ def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path
     with RunTracker(tracking_uri_of(config), config.tracking.experiment, run_dir.name, tags=tags) as tracker:
         record = Record(run_dir, tracker)
         try:
-            tracker.log_params(config.to_dict())
-            tracker.log_text(to_yaml(config), CONFIG_FILE)
-            for location, source in zip(config.data.weights, preflight.data.train, strict=True):
-                tracker.log_dataset(PurePosixPath(location).name, source.dataset.digest, location)
+            record_config(tracker, config, [source.dataset.digest for source in preflight.data.train])
             record.event("stage", text=f"run folder {run_dir}")
             record.event("stage", text=f"{world.size} x {world.device.type}, {engine.precision}, run {tracker.run_id}")
             record.event("start", total_samples=preflight.timeline.total_samples, run_id=tracker.run_id)
             yield record
         finally:
             record.close()
+
+
+def record_config(tracker: RunTracker, config: RunConfig, digests: Sequence[str]) -> None:
+    """Records the config and the datasets, of the digests given, in an MLflow run."""
+    params = config.to_dict()
+    if isinstance(config.data.shards, dict):  # MLflow takes few signs in the name of a parameter, and a place may have any
+        params["data"]["shards"] = list(config.data.shards.items())
+    tracker.log_params(params)
+    tracker.log_text(to_yaml(config), CONFIG_FILE)
+    names = [PurePosixPath(location).name for location in config.data.weights]
+    for number, (name, location, digest) in enumerate(zip(names, config.data.weights, digests, strict=True)):
+        tracker.log_dataset(name if names.count(name) == 1 else f"{name}-{number}", digest, location)
 
 
 def _save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -59,9 +59,8 @@ def main() -> int:
     parsed = parse_run(prog="launch/local.py", description=DESCRIPTION)
     console = Console()
     if parsed.dry_run:
-        console.print(
-            Preflight.of(parsed.config, num_workers(parsed.config)).describe(), highlight=False, markup=False, soft_wrap=True
-        )
+        config = parsed.config.with_absolute_paths()
+        console.print(Preflight.of(config, num_workers(config)).describe(), highlight=False, markup=False, soft_wrap=True)
         return 0
     summary = run(parsed.config, console)
     report(summary, console)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -162,13 +163,16 @@ class RunTracker:
                 self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
     def log_dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
-        """Records the dataset: its name, its manifest's digest (in full in the tag `dataset/<name>`) and its place."""
+        """Records the dataset: its name, its manifest's digest (in full in the tag `dataset/<name>`) and its place.
+
+        MLflow takes few signs in the name of a tag; others become '_' there.
+        """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(name=name, digest=digest[:_MAX_DIGEST], source_type="local", source=json.dumps({"uri": source}))
         with mlflow_errors(f"Dataset {name!r} cannot be recorded in {self.uri}"):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
-        self.set_tags({f"dataset/{name}": digest})
+        self.set_tags({f"dataset/{re.sub(r'[^A-Za-z0-9_.: -]', '_', name)}": digest})
 
     def log_text(self, text: str, path: str) -> None:
         """Stores `text` as the artifact `path`."""

@@ -51,6 +51,15 @@ def test_everything_a_run_logs_is_in_the_store(store_uri: str, tmp_path: Path) -
     assert (artifacts / "report/a.txt").read_text() == "a"
 
 
+def test_a_dataset_may_have_any_name(store_uri: str) -> None:
+    with RunTracker(store_uri, "cromss", "r") as run:
+        run.log_dataset("données (1)+2%", "a" * 64, "hf://datasets/o/données (1)+2%")
+    stored = connect(store_uri).get_run(run.run_id)
+    assert stored.data.tags["dataset/donn_es _1__2_"] == "a" * 64
+    assert stored.inputs is not None
+    assert [i.dataset.name for i in stored.inputs.dataset_inputs] == ["données (1)+2%"]
+
+
 def test_metrics_are_sent_when_the_buffer_is_full_or_old(store_uri: str) -> None:
     run = RunTracker(store_uri, "cromss", "r", flush_points=3, flush_s=1e9)
     run.log_metrics({"a": 0.0, "b": 0.0}, 0)
