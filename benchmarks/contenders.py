@@ -118,7 +118,7 @@ def run_shards(samples: list[Sample], out: Path, locations: int, shard_size_mib:
     def checked(numbers: range) -> Iterator[tuple[Sample, Checksums]]:
         for number in numbers:
             sample = samples[number % len(samples)]
-            yield replace(sample, key=f"{number:07d}"), season_checksums(sample)
+            yield replace(sample, key=f"{number:07d}"), season_checksums(sample.arrays)
 
     for first in range(0, locations, per_shard):
         numbers = range(first, min(first + per_shard, locations))

@@ -49,7 +49,7 @@ def check(options: argparse.Namespace, console: Console) -> Report:
             source = open_archive(options.source, options.description, progress=tell)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Bars(console, *columns, transient=True) as bar:
-        tasks = {what: bar.add_task(f"Reading the {what}", total=None, visible=False) for what in ("cube", "shards")}
+        tasks = {what: bar.add_task(f"Reading the {what}", total=None, visible=False) for what in ("cube", "shards", "samples")}
         return verify(
             options.dataset,
             options.deep,

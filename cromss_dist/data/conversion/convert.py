@@ -27,7 +27,7 @@ from cromss_dist.data.staging import atomic_file
 from cromss_dist.data.store.cube_layout import Row
 from cromss_dist.data.store.cube_record import CUBE, RECORD, CubeFile, write_record
 from cromss_dist.data.store.cubes import create_cube, finish_cube, grow_cube
-from cromss_dist.data.store.index_file import IndexTables, join, places_of, tar_tables, write_index
+from cromss_dist.data.store.index_file import IndexTables, checksum_table, join, places_of, tar_tables, write_index
 from cromss_dist.data.store.shards import FORMAT, LEDGER, SCHEMA_VERSION, canonical, read_manifest, read_record, write_manifest
 from cromss_dist.failpoint import failpoint
 
@@ -289,6 +289,7 @@ class _Conversion:
             locations=tuple(row["key"] for row in written),
             shard_sizes=np.array([len(written)], np.int64),
             places=places_of(written, spec.num_seasons),
+            checksums=checksum_table(spec.arrays(), part.checksums),
             tars=tar_tables(spec.arrays(), read_record(self.work.result, part.shard)) if part.shard else None,
             cube_rows=np.array(cube_rows, np.int64) if plan.has_cube else None,
         )

@@ -49,6 +49,7 @@ class Part:
         shard: Its tar, if it has one.
         lines: Of the ledger, in the order of the keys.
         rows: Metadata of each location; null where none was written.
+        checksums: Of the pixels of each that was.
         cube: Files of the cube that it wrote.
         statistics: Of its samples.
     """
@@ -57,6 +58,7 @@ class Part:
     shard: ShardEntry | None
     lines: list[Line]
     rows: list[Json | None]
+    checksums: list[Checksums]
     cube: tuple[CubeFile, ...]
     statistics: Statistics
 
@@ -76,6 +78,7 @@ def write_part(assignment: Assignment, number: int) -> list[Line]:
     lines: list[Line] = []
     samples: list[Sample | None] = []  # of the cube; a tar is written as they come
     rows: list[Json | None] = []
+    of_pixels: list[Checksums] = []
     statistics = Statistics(source.spec)
     ledger = Ledger(plan.content["num_inputs"], assignment.max_reject_fraction)
 
@@ -93,6 +96,7 @@ def write_part(assignment: Assignment, number: int) -> list[Line]:
             rows.append(None if sample is None else dict(sample.metadata))
             tell(line)
             if sample is not None:
+                of_pixels.append(checksums)
                 statistics.add(sample)
                 yield sample, checksums
             for _ in range(source.duplicates[key]):
@@ -108,7 +112,7 @@ def write_part(assignment: Assignment, number: int) -> list[Line]:
     if plan.has_cube:
         cube = write_rows(work.result / CUBE, source.spec, number * plan.per_part, samples)
     failpoint("before_record")
-    _commit(assignment, Part(number, shard, lines, rows, cube, statistics))
+    _commit(assignment, Part(number, shard, lines, rows, of_pixels, cube, statistics))
     failpoint("after_record")
     return lines
 
@@ -117,7 +121,7 @@ def _read(assignment: Assignment, key: str, place: Json) -> tuple[Sample | None,
     """A location's sample, or None, and what the ledger says of it."""
     try:
         sample = assignment.source.read(key)
-        checksums = season_checksums(sample)
+        checksums = season_checksums(sample.arrays)
         pixels = sample_digest(checksums)
         known = assignment.known.get(key)
         if known is None:
@@ -135,6 +139,7 @@ def _commit(assignment: Assignment, part: Part) -> None:
         "shard": asdict(part.shard) if part.shard else None,
         "lines": part.lines,
         "rows": part.rows,
+        "checksums": part.checksums,
         "cube": [asdict(file) for file in part.cube],
         "statistics": part.statistics.to_json(),
     }
@@ -163,4 +168,4 @@ def read_part(assignment: Assignment, number: int) -> Part | None:
     if any(not file.is_file() or file.stat().st_size != size for file, size in sizes.items()):
         return None
     statistics = Statistics.from_json(assignment.source.spec, content["statistics"])
-    return Part(number, shard, content["lines"], content["rows"], cube, statistics)
+    return Part(number, shard, content["lines"], content["rows"], content["checksums"], cube, statistics)

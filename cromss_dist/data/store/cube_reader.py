@@ -177,11 +177,11 @@ class CubeIndex(StoredDataset):
         path = self.files.path(number)
         try:
             self.layout.read_seasons(path, int(self.rows[sample_id]), name, seasons, into)
-            if self.tables.tars is not None:  # sees files of the cube that changed places, too
-                stated = self.tables.tars.checksums[sample_id, self.arrays.index(name)]
-                for i, pixels in zip(seasons, into, strict=True):
-                    if google_crc32c.value(pixels) != stated[i]:
-                        raise ChunkError(f"season {i}: the pixels do not match the CRC-32C of those in the shards")
+            # Chunks have checksums of their own, which hold, too, where files or rows have changed places.
+            stated = self.tables.checksums[sample_id, self.arrays.index(name)].tolist()
+            for i, pixels in zip(seasons, into, strict=True):
+                if google_crc32c.value(pixels) != stated[i]:
+                    raise ChunkError(f"season {i}: the pixels do not match the CRC-32C in the index; they are of another sample")
         except FileNotFoundError as error:
             raise ShardError(f"{path} is missing. Restore it or shard the archive again.") from error
         except (ChunkError, OSError) as error:

@@ -182,7 +182,7 @@ class ShardIndex(StoredDataset):
             os.close(descriptor)
 
     def _fill(self, descriptor: int, path: Path, sample_id: int, season: int, arrays: Mapping[str, Uint8Array]) -> None:
-        offsets, checksums = self._tars.offsets[sample_id].tolist(), self._tars.checksums[sample_id].tolist()
+        offsets, checksums = self._tars.offsets[sample_id].tolist(), self.tables.checksums[sample_id].tolist()
         for name, array in arrays.items():
             layout = self._layout[name]
             seasons = range(season, season + 1) if layout.all_seasons is None else range(layout.all_seasons)

@@ -21,7 +21,7 @@ from safetensors.numpy import save as safetensors_bytes
 from cromss_dist.data.sample import Json
 from cromss_dist.data.staging import write_atomically
 from cromss_dist.data.store.dataset import Places
-from cromss_dist.data.store.shards import Samples, ShardEntry, block_bytes
+from cromss_dist.data.store.shards import Checksums, Samples, ShardEntry, block_bytes
 from cromss_dist.data.store.times import to_seconds
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import LABEL_ARRAY
@@ -34,27 +34,27 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TarTables:
-    """Where in its tar each of N samples is: A arrays of S seasons.
+    """Where in its tar each of N samples is, of A arrays.
 
     Args:
         offsets: int64 (N, A): where the first season's pixels start, bytes.
-        checksums: uint32 (N, A, S): CRC-32C of each season's pixels.
         metadata_spans: int64 (N, 3): offset, size and CRC-32C of the sample's JSON.
     """
 
     offsets: IntArray
-    checksums: npt.NDArray[np.uint32]
     metadata_spans: IntArray
 
 
 @dataclass(frozen=True)
 class IndexTables:
-    """Content of the index of N locations in K shards.
+    """Content of the index of N locations in K shards: A arrays of S seasons.
 
     Args:
         locations: N keys, in the order of the manifest: shard by shard.
         shard_sizes: int64 (K,): samples in each tar, or in each part of a cube that has any.
         places: Of the N locations.
+        checksums: uint32 (N, A, S): CRC-32C of each season's pixels, whatever they are stored as: who decodes others has
+            been given another file, or another sample of it.
         tars: None where only a cube was written.
         cube_rows: int64 (N,): position along the cube's `location`, ascending; None where there is no cube.
     """
@@ -62,6 +62,7 @@ class IndexTables:
     locations: tuple[str, ...]
     shard_sizes: IntArray
     places: Places
+    checksums: npt.NDArray[np.uint32]
     tars: TarTables | None
     cube_rows: IntArray | None
 
@@ -79,6 +80,17 @@ def places_of(metadata: Sequence[Json], num_seasons: int) -> Places:
     return Places(degrees("lon"), degrees("lat"), seconds("s1_time"), seconds("s2_time"))
 
 
+def checksum_table(arrays: dict[str, Json], samples: Sequence[Checksums]) -> npt.NDArray[np.uint32]:
+    """`IndexTables.checksums` of some samples, by the manifest's `arrays`."""
+    rows = [[of[name] for name in arrays] for of in samples]
+    return np.array(rows, np.uint32).reshape(len(samples), len(arrays), arrays[LABEL_ARRAY]["shape"][0])
+
+
+def recorded_checksums(record: Samples) -> list[Checksums]:
+    """Of the samples of a tar, by its commit record."""
+    return [{member.name.removesuffix(".npy"): member.season_crc32c for member in members} for _, members in record]
+
+
 def tar_tables(arrays: dict[str, Json], record: Samples) -> TarTables:
     """Of one tar, from its commit record and the manifest's `arrays`.
 
@@ -87,16 +99,14 @@ def tar_tables(arrays: dict[str, Json], record: Samples) -> TarTables:
     """
     num_seasons = arrays[LABEL_ARRAY]["shape"][0]
     pixels = {f"{name}.npy": num_seasons * block_bytes(spec) for name, spec in arrays.items()}
-    offsets, checksums, spans = [], [], []
+    offsets, spans = [], []
     for _, members in record:
         by_name = {member.name: member for member in members}
         of_arrays = [by_name[name] for name in pixels]
         offsets.append([m.offset + m.size - size for m, size in zip(of_arrays, pixels.values(), strict=True)])
-        checksums.append([member.season_crc32c for member in of_arrays])
         spans.append((by_name["json"].offset, by_name["json"].size, by_name["json"].crc32c))
     return TarTables(
         np.array(offsets, np.int64).reshape(len(record), len(arrays)),
-        np.array(checksums, np.uint32).reshape(len(record), len(arrays), num_seasons),
         np.array(spans, np.int64).reshape(len(record), 3),
     )
 
@@ -154,6 +164,7 @@ def parse_index(where: str, data: bytes, manifest: Json, entries: Sequence[Shard
 def _arrays(tables: IndexTables) -> dict[str, npt.NDArray[Any]]:
     """All but the keys, by the names they have in the file."""
     arrays: dict[str, npt.NDArray[Any]] = {"shard_sizes": tables.shard_sizes, **vars(tables.places)}
+    arrays["checksums"] = tables.checksums
     if tables.tars is not None:
         arrays |= vars(tables.tars)
     if tables.cube_rows is not None:
@@ -165,7 +176,7 @@ def _tables(locations: tuple[str, ...], arrays: dict[str, npt.NDArray[Any]]) -> 
     """Inverse of `_arrays`."""
     places = Places(**{name: arrays[name] for name in Places.__dataclass_fields__})
     tars = TarTables(**{name: arrays[name] for name in TarTables.__dataclass_fields__}) if "offsets" in arrays else None
-    return IndexTables(locations, arrays["shard_sizes"], places, tars, arrays.get("cube_rows"))
+    return IndexTables(locations, arrays["shard_sizes"], places, arrays["checksums"], tars, arrays.get("cube_rows"))
 
 
 def _check_shapes(found: dict[str, npt.NDArray[Any]], manifest: Json, entries: Sequence[ShardEntry]) -> None:
@@ -179,10 +190,10 @@ def _check_shapes(found: dict[str, npt.NDArray[Any]], manifest: Json, entries: S
         "lat": ("float64", (num,)),
         "s1_time": ("int64", (num, seasons)),
         "s2_time": ("int64", (num, seasons)),
+        "checksums": ("uint32", (num, arrays, seasons)),
     }
     if entries:
         expected["offsets"] = ("int64", (num, arrays))
-        expected["checksums"] = ("uint32", (num, arrays, seasons))
         expected["metadata_spans"] = ("int64", (num, 3))
     if manifest["cube"] is not None:
         expected["cube_rows"] = ("int64", (num,))

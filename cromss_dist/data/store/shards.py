@@ -105,12 +105,9 @@ def member_key(key: str) -> str:
     return f"{quoted[: MAX_MEMBER_KEY - 35]}%--{digest}"  # no quoted text has %-
 
 
-def season_checksums(sample: Sample) -> Checksums:
-    """CRC-32C of each season's pixels of each array."""
-    return {
-        name: tuple(google_crc32c.value(season) for season in np.ascontiguousarray(array))
-        for name, array in sample.arrays.items()
-    }
+def season_checksums(arrays: Mapping[str, Uint8Array]) -> Checksums:
+    """CRC-32C of each season's pixels of each array of a sample."""
+    return {name: tuple(google_crc32c.value(season) for season in np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
 def sample_digest(checksums: Checksums) -> str:

@@ -11,12 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
-
-from cromss_dist.data.sample import Json, Rejected, Source, Uint8Array
-from cromss_dist.data.store.cube_layout import SEASON_TEXTS, SEASON_TIMES
+from cromss_dist.data.sample import Json, Source
 from cromss_dist.data.store.cube_reader import CubeLayout
 from cromss_dist.data.store.cube_record import CUBE, RECORD
 from cromss_dist.data.store.cube_record import file_problems as cube_file_problems
@@ -34,14 +31,18 @@ from cromss_dist.data.store.shards import (
     read_manifest,
     read_record,
 )
-from cromss_dist.data.store.times import to_seconds
-from cromss_dist.data.store.verify_index import differs_from_metadata, differs_from_records, differs_from_rows, read_tables
+from cromss_dist.data.store.stored import MALFORMED
+from cromss_dist.data.store.verify_index import (
+    differs_from_records,
+    differs_from_rows,
+    read_tables,
+)
+from cromss_dist.data.store.verify_pixels import Beside
 from cromss_dist.data.store.verify_tar import Problem, check_tar
-from cromss_dist.errors import InputChangedError, ShardError
+from cromss_dist.errors import ShardError
 
-# Called with what is being read ('shards', 'cube', 'cube or source'), how much is done and how much there is.
+# Called with what is being read (files of the cube, shards, samples of a cube alone), how much is done and how much there is.
 Progress: TypeAlias = Callable[[str, int, int], None]
-MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 
 @dataclass
@@ -110,7 +111,6 @@ class _Verifier:
         self.row_of: dict[str, int] = {}
         self.missing: set[str] = set()  # files of the cube
         self.tables: IndexTables | None = None
-        self.sample_ids: dict[str, int] = {}
         report.digest = manifest["digest"]
 
     def run(self, source: Source | None, cube: bool) -> None:
@@ -222,7 +222,6 @@ class _Verifier:
         if tables is None:
             return
         self.tables = tables
-        self.sample_ids = {key: i for i, key in enumerate(tables.locations)}
         self.report.problems += differs_from_records(tables, self.manifest, entries, records)
         if self.reader is not None:
             self.report.problems += differs_from_rows(tables, self.manifest, self.reader.rows)
@@ -242,91 +241,15 @@ class _Verifier:
     def read_samples(self, entries: Sequence[ShardEntry], records: dict[str, Samples], source: Source | None) -> None:
         """Reads every sample of the shards, or else of the cube, and compares it with what else there is of it."""
         done, total = 0, self.manifest["num_samples"]
+        beside = Beside(self.report.problems, self.report.counts, source, self.tables, self.reader, self.row_of, self.missing)
         for entry in entries:
             if not (self.folder / entry.name).is_file():
                 continue
             self.report.bytes_read += entry.size
             record = records.get(entry.name, [])
             for key, metadata, arrays in check_tar(self.folder, entry, record, self.arrays, self.report.problems):
-                if self.tables is not None and metadata is not None and key in self.sample_ids:
-                    self.report.problems += differs_from_metadata(self.tables, self.sample_ids[key], metadata)
-                self.compare_cube(entry.name, key, metadata, arrays)
-                self.compare_source(source, entry.name, key, metadata, arrays)
+                beside.compare(entry.name, key, metadata, arrays)
                 self.progress("shards", done := done + 1, total)
-        if not entries and self.reader is not None and source is not None:
-            for key, row in self.row_of.items():
-                found = {name: self.read_row(key, row, name) for name in self.arrays}
-                arrays = {name: pixels for name, pixels in found.items() if pixels is not None}
-                self.compare_source(source, CUBE, key, self.reader.rows[row].metadata, arrays)
-                self.progress("cube", done := done + 1, total)
-
-    def read_row(self, key: str, row: int, name: str) -> Uint8Array | None:
-        """An array of a row of the cube, season by season where it cannot be read at once; None where one cannot."""
-        assert self.reader is not None
-        file = self.reader.layout.file_of(row, name)
-        if file in self.missing:
-            return None
-        try:
-            return self.reader.read(row, name)
-        except ShardError as error:
-            failed = [season for season in range(self.arrays[name][0]) if not self.readable(row, name, season)]
-            for season in failed if len(failed) < self.arrays[name][0] else [None]:
-                self.add(f"{CUBE}/{file}", str(error), key, name, season)
-            return None
-
-    def readable(self, row: int, name: str, season: int) -> bool:
-        assert self.reader is not None
-        try:
-            self.reader.read(row, name, season)
-        except ShardError:
-            return False
-        return True
-
-    def compare_cube(self, file: str, key: str, metadata: Json | None, arrays: dict[str, Uint8Array]) -> None:
-        """Counts the pixels in which a sample of the shards is not that of the cube."""
-        row = self.row_of.get(key)
-        if self.reader is None or row is None:
-            return
-        for name, pixels in arrays.items():
-            if (found := self.read_row(key, row, name)) is not None:
-                self.compare(f"{file} and {self.reader.layout.file_of(row, name)}", key, name, pixels, found, "the cube")
-        stored = self.reader.rows[row].metadata
-        if metadata is not None and stored is not None and _place_and_times(metadata) != _place_and_times(stored):
-            self.add(CUBE, "place, times or scenes are not those of the shards", key)
-        self.report.counts["compared_with_cube"] += 1
-
-    def compare_source(
-        self, source: Source | None, file: str, key: str, metadata: Json | None, arrays: dict[str, Uint8Array]
-    ) -> None:
-        """Counts the pixels in which a stored sample is not that of the archive."""
-        if source is None:
-            return
-        try:
-            sample = source.read(key)
-        except (Rejected, InputChangedError) as error:
-            self.add(file, f"the source does not give it: {error}", key)
-            return
-        for name, pixels in arrays.items():
-            self.compare(file, key, name, pixels, sample.arrays[name], "the source")
-        if metadata is not None and _place_and_times(metadata) != _place_and_times(sample.metadata):
-            self.add(file, "place, times or scenes are not those of the source", key)
-        self.report.counts["compared_with_source"] += 1
-
-    def compare(self, file: str, key: str, name: str, pixels: Uint8Array, others: Uint8Array, whose: str) -> None:
-        """Adds a problem a season in which two arrays differ."""
-        for season, (these, those) in enumerate(zip(pixels, others, strict=True)):
-            if differing := int(np.count_nonzero(these != those)):
-                self.add(file, f"{differing} of {these.size} values are not those of {whose}", key, name, season)
-
-
-def _place_and_times(metadata: Json) -> Any:
-    """What a cube holds of a sample's metadata, in comparable form."""
-    seasons = [
-        (
-            [to_seconds(season.get(name)) for name in SEASON_TIMES],
-            [season.get(name) or None for name in SEASON_TEXTS],
-            list(season.get("transform") or []),
-        )
-        for season in metadata["seasons"]
-    ]
-    return metadata["lon"], metadata["lat"], seasons
+        for key in () if entries else self.row_of:
+            beside.compare_row(key)
+            self.progress("samples", done := done + 1, total)

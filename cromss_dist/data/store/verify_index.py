@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from cromss_dist.data.sample import Json
 from cromss_dist.data.store.cube_layout import Row
-from cromss_dist.data.store.index_file import INDEX, IndexTables, places_of, tar_tables
+from cromss_dist.data.store.index_file import INDEX, IndexTables, checksum_table, places_of, recorded_checksums, tar_tables
 from cromss_dist.data.store.shards import Samples, ShardEntry
-from cromss_dist.data.store.stored import read_stored
+from cromss_dist.data.store.stored import MALFORMED, read_stored
 from cromss_dist.data.store.verify_tar import Problem
 from cromss_dist.errors import ShardError
 
@@ -39,11 +39,13 @@ def differs_from_records(
         keys = _text([key for key, _ in record])
         yield from _differing(tables, samples, {"keys": (locations, keys)}, entry.record)
         try:
-            stated = tar_tables(manifest["arrays"], record)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            stated = vars(tar_tables(manifest["arrays"], record))
+            stated["checksums"] = checksum_table(manifest["arrays"], recorded_checksums(record))
+        except MALFORMED as error:
             yield Problem(entry.record, f"is malformed: {error!r}")
             continue
-        columns = {name: (getattr(tables.tars, name), values) for name, values in vars(stated).items()}
+        tar_columns = {**vars(tables.tars), "checksums": tables.checksums}
+        columns = {name: (tar_columns[name], values) for name, values in stated.items()}
         yield from _differing(tables, samples, columns, entry.record)
 
 

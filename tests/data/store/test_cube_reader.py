@@ -255,13 +255,32 @@ def test_a_forged_chunk_is_refused_though_its_checksums_fit(damaged: Path, forge
         read(dataset, 0, 0)
 
 
-def test_a_file_in_the_place_of_another_is_seen_where_the_shards_state_what_the_pixels_are(both: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(both, tmp_path / "swapped"))
-    dataset = cube(folder)
+@pytest.mark.parametrize("write", ["both", "alone"])
+def test_files_of_equal_size_that_changed_places_are_never_read_as_each_other(
+    write: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(write), tmp_path / "swapped"))
     one, other = (folder / CUBE / "s1" / f"c.{number}.0.0.0.0" for number in (0, 1))
-    one.write_bytes(other.read_bytes())
-    with pytest.raises(ShardError, match="sample 0000000, array s1, season 1: the pixels do not match"):
-        dataset.read_into(0, 1, {"s1": np.empty(dataset.shape("s1"), np.uint8)})
+    assert one.stat().st_size == other.stat().st_size
+    one.rename(folder / "aside")
+    other.rename(one)
+    (folder / "aside").rename(other)
+    dataset = cube(folder)
+    for sample_id, key in enumerate(dataset.locations[:4]):
+        with pytest.raises(ShardError, match=f"sample {key}, array s1, season 1: (the pixels do not match|there is no chunk)"):
+            dataset.read_into(sample_id, 1, {"s1": np.empty(dataset.shape("s1"), np.uint8)})
+    assert read(dataset, 4, 1)["s1"].tobytes() == truth(dataset.locations[4], 1)["s1"].tobytes()
+
+
+def test_chunks_that_changed_places_inside_a_file_are_seen_though_all_its_checksums_fit(damaged: Path) -> None:
+    dataset = cube(damaged)
+    path = damaged / CUBE / "label" / "c.0.0.0.0"
+    data = bytearray(path.read_bytes())
+    index = spans(data)
+    index[0, [1, 2]] = index[0, [2, 1]]
+    path.write_bytes(with_index(data, index))
+    with pytest.raises(ShardError, match="sample 0000000, array label, season 1: the pixels do not match"):
+        read(dataset, 0, 0)
 
 
 @dataclass

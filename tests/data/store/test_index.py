@@ -400,6 +400,9 @@ def test_the_index_says_where_and_when_every_sample_was_taken(write: Literal["sh
     for name in ("s1_time", "s2_time"):
         expected = [[to_seconds(season[name]) for season in of["seasons"]] for of in metadata]
         assert getattr(tables.places, name).tolist() == expected
+    for checksums, key in zip(tables.checksums, keys, strict=True):
+        arrays = source.read(key).arrays.values()
+        assert checksums.tolist() == [[google_crc32c.value(season) for season in array] for array in arrays]
     assert (tables.tars is None) == (write == "cube")
     assert (tables.cube_rows is None) == (write == "shards")
     if tables.cube_rows is not None:

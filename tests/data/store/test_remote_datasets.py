@@ -170,7 +170,7 @@ def test_a_shard_damaged_before_its_digest_was_taken_is_an_error(server: FileSer
     """The cache has the bytes that the manifest names; its index says that they are wrong: fetching again cannot mend it."""
     dataset = open_dataset(server.url, cache)
     assert isinstance(dataset, ShardIndex)
-    dataset.tables.tars.checksums[0, 0, 0] ^= 1  # type: ignore[union-attr]
+    dataset.tables.checksums[0, 0, 0] ^= 1
     with pytest.raises(ShardError, match=f"sample {dataset.locations[0]}.*season 0"):
         read(dataset, 0, 0)
     assert server.requests["shard-000000.tar"] == 1

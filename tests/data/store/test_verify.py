@@ -19,7 +19,7 @@ from cromss_dist.data.store import verify_tar
 from cromss_dist.data.store.cube_record import CUBE, RECORD, CubeFile, write_record
 from cromss_dist.data.store.cubes import write_rows
 from cromss_dist.data.store.index import open_shards
-from cromss_dist.data.store.index_file import INDEX, IndexTables, TarTables, tar_tables, write_index
+from cromss_dist.data.store.index_file import INDEX, IndexTables, checksum_table, recorded_checksums, tar_tables, write_index
 from cromss_dist.data.store.shards import MANIFEST, canonical, manifest_entries, read_manifest, read_record, write_manifest
 from cromss_dist.data.store.stored import read_stored
 from cromss_dist.data.store.verify import Report, verify
@@ -156,14 +156,15 @@ def change_record(folder: Path, shard: int, change: Callable[[Json], object]) ->
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     change_manifest(folder, lambda m: m["shards"][shard].update(record_sha256=digest))
     with suppress(KeyError, ValueError):  # a malformed record has no place in an index
-        change_index(folder, lambda t: dataclasses.replace(t, tars=tars_of_records(folder)))
+        change_index(folder, lambda t: as_recorded(t, folder))
 
 
-def tars_of_records(folder: Path) -> TarTables:
+def as_recorded(tables: IndexTables, folder: Path) -> IndexTables:
     """What a wrong writer, not a broken disk, would put into the index."""
     manifest = read_manifest(folder)
-    tars = [vars(tar_tables(manifest["arrays"], read_record(folder, e))) for e in manifest_entries(folder, manifest)]
-    return TarTables(**{name: np.concatenate([tar[name] for tar in tars]) for name in tars[0]})
+    record = [sample for entry in manifest_entries(folder, manifest) for sample in read_record(folder, entry)]
+    checksums = checksum_table(manifest["arrays"], recorded_checksums(record))
+    return dataclasses.replace(tables, tars=tar_tables(manifest["arrays"], record), checksums=checksums)
 
 
 def change_index(folder: Path, change: Callable[[IndexTables], IndexTables]) -> None:
@@ -206,6 +207,8 @@ def nudged(tables: IndexTables, name: str) -> IndexTables:
     if name in vars(tables.places):
         places = dataclasses.replace(tables.places, **{name: nudge(getattr(tables.places, name))})
         return dataclasses.replace(tables, places=places)
+    if name == "checksums":
+        return dataclasses.replace(tables, checksums=nudge(tables.checksums))
     assert tables.tars is not None
     tars = dataclasses.replace(tables.tars, **{name: nudge(getattr(tables.tars, name))})
     return dataclasses.replace(tables, tars=tars)
@@ -516,11 +519,18 @@ def test_a_sample_that_is_there_twice_is_named(dataset: Path) -> None:
     ]
 
 
-def test_a_cube_alone_is_compared_with_the_source_and_without_one_is_not_decoded(dataset: Path) -> None:
+def test_a_cube_alone_is_held_against_index_and_source(dataset: Path) -> None:
     take_away(dataset, "shards")
+    whole = read_stored(dataset).tables
     calls: dict[str, tuple[int, int]] = {}
     verify(dataset, deep=True, progress=lambda what, done, total: calls.update({what: (done, total)}))
-    assert calls == {"cube": (58, 58)}
+    assert calls == {"cube": (58, 58), "samples": (6, 6)}
+    change_index(dataset, lambda tables: nudged(tables, "checksums"))
+    assert found(verify(dataset)) == []
+    problems = verify(dataset, deep=True).problems
+    assert {(p.key, p.array, p.season) for p in problems} == {("0000001", name, i) for name in spec_of().names for i in range(4)}
+    assert {p.what for p in problems} == {f"the pixels do not match their CRC-32C in {INDEX}"}
+    change_index(dataset, lambda tables: dataclasses.replace(tables, checksums=whole.checksums))
     (dataset / CUBE / "label" / "c.1.0.0.0").unlink()
     report = verify(dataset, source=fake_source())
     assert found(report) == [(f"{CUBE}/label/c.1.0.0.0", None, None, None)]
