@@ -27,6 +27,7 @@ from cromss_dist.errors import ConfigError, LoaderError
 from cromss_dist.schema import Batch
 
 FETCH_THREADS = 4
+MAX_TIMEOUT_S = 1e6  # clocks overflow far above that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class ReadSettings:
         for name, least in lowest.items():
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name}={getattr(self, name)} is not allowed; give at least {least}.")
+        if self.timeout_s > MAX_TIMEOUT_S:
+            raise ConfigError(f"timeout_s={self.timeout_s} is not allowed; give at most {MAX_TIMEOUT_S:g} s.")
         if self.on_corrupt not in ("stop", "replace"):
             raise ConfigError(f"on_corrupt={self.on_corrupt!r} is not known; give 'stop' or 'replace'.")
         if self.pin_memory and not torch.cuda.is_available():

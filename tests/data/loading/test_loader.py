@@ -169,7 +169,16 @@ def test_batch_sizes_that_do_not_multiply_are_refused(micro_batch: int, world_si
 
 
 @pytest.mark.parametrize(
-    "changes", [{"threads": 0}, {"workers": -1}, {"prefetch": 0}, {"lookahead": -1}, {"timeout_s": 0}, {"on_corrupt": "skip"}]
+    "changes",
+    [
+        {"threads": 0},
+        {"workers": -1},
+        {"prefetch": 0},
+        {"lookahead": -1},
+        {"timeout_s": 0},
+        {"timeout_s": float("inf")},
+        {"on_corrupt": "skip"},
+    ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
@@ -287,6 +296,14 @@ def test_a_stuck_thread_ends_in_an_error_that_names_what_it_reads() -> None:
     finally:
         dataset.released.set()
     assert eventually(lambda: not reader_threads())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("threads", 0), ("prefetch", 0), ("timeout_s", float("nan")), ("timeout_s", math.inf)]
+)
+def test_numbers_that_cannot_be_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value} is not allowed; give at "):
+        TrainLoader(plan=plan_of(), **{name: value})  # type: ignore[arg-type]
 
 
 def test_closing_leaves_no_thread_and_ends_the_iteration() -> None:

@@ -195,6 +195,16 @@ if __name__ == "__main__":
 """
 
 
+def test_a_script_that_does_things_when_it_is_imported_is_told_how_to_use_workers(tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(OWNER.replace('if __name__ == "__main__":', "if True:"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=300)
+    assert ended.returncode == 1
+    assert "LoaderError: Worker 0" in ended.stderr
+    assert "if __name__ == " in ended.stderr
+
+
 def test_a_killed_owner_leaves_no_worker_and_no_shared_memory(tmp_path: Path) -> None:
     script = tmp_path / "owner.py"
     script.write_text(OWNER)
