@@ -47,7 +47,7 @@ def read_bare(settings: Settings, reuse: bool = False) -> Iterator[Batch]:
     index = open_shards(settings.folder)
     assert index.tables.tars is not None
     offsets, shard_of = index.tables.tars.offsets.tolist(), index.shard_of.tolist()
-    descriptors = [os.open(index.files.path(shard), os.O_RDONLY) for shard in range(len(index.shard_sizes))]
+    descriptors = [index.files.open(shard) for shard in range(len(index.shard_sizes))]
     shapes = {name: index.shape(name) for name in index.arrays}
     strides = [0 if name == LABEL_ARRAY else math.prod(shape) for name, shape in shapes.items()]
     generator, pool = np.random.default_rng(0), ThreadPoolExecutor(settings.cores)

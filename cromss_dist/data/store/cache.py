@@ -5,6 +5,7 @@ Whoever needs a file that is not there locks it (flock), looks again and fetches
 for longest goes when room is needed. Locks are of the operating system: nothing of a process that was killed is in the way.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -26,7 +27,6 @@ OURS = re.compile(
 ROOM = "room"  # the lock of whoever counts, makes room or gives a file its name
 POLL_S = 0.02
 TOUCH_S = 1.0  # a use within so long of the last one is not noted: a write to the disk for each sample
-GRACE_S = 3.0  # longer than it takes from noting a use to opening the file
 
 
 def default_folder() -> Path:
@@ -55,10 +55,11 @@ class ShardCache:
         if not self.limit_gib > 0:
             raise ConfigError(f"The shard cache's limit of {self.limit_gib} GiB is not allowed; give more than 0.")
 
-    def get(self, remote: Remote, name: str, size: int, sha256: str) -> Path:
-        """A file of a remote folder, on this node; fetched where it is not there.
+    def open(self, remote: Remote, name: str, size: int, sha256: str) -> int:
+        """A descriptor to read a file of a remote folder by; the file is fetched where it is not there.
 
-        It stays for at least `GRACE_S` after this, and an open file can be read to its end: open it at once.
+        What is open can be read to its end, also when another needs its room meanwhile: whoever waits for a file gets on,
+        however small the limit. The caller closes it.
 
         Args:
             remote: Where it comes from.
@@ -68,16 +69,16 @@ class ShardCache:
 
         Raises:
             DownloadError: it cannot be fetched, or has other bytes.
-            StorageError: there is no room for it under the limit, or another process holds its lock for too long.
+            StorageError: files that are being fetched take all the room, or another process holds its lock for too long.
             ConfigError: it is larger than the limit, or others can write to the cache's folder.
             ShardError: `sha256` is none.
         """
-        if path := self._at_hand(size, sha256):
-            return path
+        if (descriptor := self._at_hand(size, sha256)) is not None:
+            return descriptor
         _make_folder(self.folder)
         with self._locked(sha256, remote.patience.deadline_s):
-            if path := self._at_hand(size, sha256):
-                return path
+            if (descriptor := self._at_hand(size, sha256)) is not None:
+                return descriptor
             self._sweep(sha256)
             with ExitStack() as download:
                 file = self._begin(name, size, sha256, download, remote.patience.deadline_s)
@@ -86,19 +87,23 @@ class ShardCache:
                 os.fsync(file.fileno())  # here, where nobody waits for it
                 with self._locked(ROOM):  # who lists a folder may see a file that is renamed meanwhile twice, or not at all
                     download.close()
-        return self._path(sha256)
+            if (descriptor := self._at_hand(size, sha256)) is None:  # under the lock, so that it cannot have made room
+                raise StorageError(f"{self.path(sha256)} vanished as soon as it was fetched; see what deletes files there.")
+            return descriptor
 
     def read(self, remote: Remote, name: str, size: int, sha256: str) -> bytes:
-        """All bytes of a file, checked; see `get`."""
-        data = self.get(remote, name, size, sha256).read_bytes()
-        if hashlib.sha256(data).hexdigest() != sha256:  # it was damaged here
-            self.discard(sha256)
-            data = self.get(remote, name, size, sha256).read_bytes()
-        return data
+        """All bytes of a file, checked; see `open`."""
+        with os.fdopen(self.open(remote, name, size, sha256), "rb") as file:
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() == sha256:
+            return data
+        self.discard(sha256)  # it was damaged here
+        with os.fdopen(self.open(remote, name, size, sha256), "rb") as file:
+            return file.read()
 
     def discard(self, sha256: str) -> None:
         """Drops a file whose bytes no longer have its digest; one that has is kept, another process may just have fetched it."""
-        path = self._path(sha256)
+        path = self.path(sha256)
         with self._locked(sha256), suppress(FileNotFoundError):
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -111,16 +116,21 @@ class ShardCache:
         with self._locked(ROOM):
             return sum(size for _, size, _ in self._listing())
 
-    def _at_hand(self, size: int, sha256: str) -> Path | None:
-        """The file, its use noted, or None where it is not there, of another size or of another user."""
-        path = self._path(sha256)
-        with suppress(FileNotFoundError):
-            status = os.stat(path)
-            if status.st_size == size and status.st_uid == os.geteuid():
-                if abs(time.time() - status.st_mtime) > TOUCH_S:
-                    os.utime(path)
-                return path
-        return None
+    def _at_hand(self, size: int, sha256: str) -> int | None:
+        """The file, open and its use noted, or None where it is not there, a link, of another size or of another user."""
+        try:
+            descriptor = os.open(self.path(sha256), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.EACCES):
+                return None
+            raise
+        status = os.fstat(descriptor)
+        if status.st_size != size or status.st_uid != os.geteuid():
+            os.close(descriptor)
+            return None
+        if abs(time.time() - status.st_mtime) > TOUCH_S:
+            os.utime(descriptor)
+        return descriptor
 
     def _begin(self, name: str, size: int, sha256: str, download: ExitStack, wait_s: float) -> BinaryIO:
         """A new file of that size which takes its name when `download` ends well, begun once there is room for it."""
@@ -133,23 +143,24 @@ class ShardCache:
         while True:
             with self._locked(ROOM):
                 if self._make_room(size):
-                    file = download.enter_context(atomic_file(self._path(sha256)))
+                    file = download.enter_context(atomic_file(self.path(sha256)))
                     file.truncate(size)  # takes its room at once, so that others see it
                     return file
             if time.monotonic() > until:
                 raise StorageError(
-                    f"All of the {self.limit_gib:g} GiB of the shard cache {self.folder} was in use for {wait_s:g} s, and {name} "
-                    "needs room; raise its limit."
+                    f"Files being fetched took all of the {self.limit_gib:g} GiB of the shard cache {self.folder} for "
+                    f"{wait_s:g} s, and {name} needs room; raise its limit."
                 )
             time.sleep(POLL_S)
 
     def _make_room(self, size: int) -> bool:
         """Deletes what was not used for longest until `size` bytes fit; returns whether they do."""
-        listing = sorted(self._listing())
+        # What is being fetched, or was when its process was killed, first.
+        listing = sorted(self._listing(), key=lambda file: (not file[2].startswith("."), file[0]))
         total = sum(num_bytes for _, num_bytes, _ in listing)
-        for used, num_bytes, name in listing:
+        for _, num_bytes, name in listing:
             whole, begun = OURS.fullmatch(name).groups()  # type: ignore[union-attr]  # the listing has no other names
-            if whole and (total + size <= self._limit or time.time() - used <= GRACE_S):
+            if whole and total + size <= self._limit:
                 continue
             if (lock := self._try_lock(whole or begun)) is None:
                 continue  # it is being fetched; what was begun and is not, a process that was killed has left
@@ -178,7 +189,8 @@ class ShardCache:
     def _limit(self) -> int:
         return int(self.limit_gib * 2**30)
 
-    def _path(self, sha256: str) -> Path:
+    def path(self, sha256: str) -> Path:
+        """Where a file lies, or would. Raises ShardError where that is no sha256."""
         if not re.fullmatch(r"[0-9a-f]{64}", sha256):  # it becomes a file's name
             raise ShardError(f"The manifest states the sha256 {sha256!r}, which is none: 64 digits 0-9, a-f.")
         return self.folder / sha256
@@ -243,13 +255,17 @@ class CachedFiles:
         """Whether a file is here is known once it is asked for."""
         return False
 
-    def path(self, shard: int) -> Path:
-        """The file on this node, fetched where it is not there. Raises what `ShardCache.get` raises."""
+    def open(self, shard: int) -> int:
+        """A descriptor of the file, fetched where it is not there, see `ShardCache.open`."""
         entry = self.entries[shard]
-        return self.cache.get(self.remote, entry.name, entry.size, entry.sha256)
+        return self.cache.open(self.remote, entry.name, entry.size, entry.sha256)
+
+    def path(self, shard: int) -> Path:
+        """Where it is kept."""
+        return self.cache.path(self.entries[shard].sha256)
 
     def discard(self, shard: int) -> bool:
-        """Drops the file if it is damaged; True: the next `path` gives a whole one."""
+        """Drops the file if it is damaged; True: the next `open` gives a whole one."""
         self.cache.discard(self.entries[shard].sha256)
         return True
 

@@ -56,11 +56,11 @@ class CubeLayout:
         """Path inside the cube of the file that holds a row of an array."""
         return f"{name}/{chunk_name(row // self.rows_per_file, *[0] * len(self.shapes[name]))}"
 
-    def read_seasons(self, path: Path, row: int, name: str, seasons: Sequence[int], into: Uint8Array) -> None:
+    def read_seasons(self, descriptor: int, row: int, name: str, seasons: Sequence[int], into: Uint8Array) -> None:
         """Reads seasons of one array of a row.
 
         Args:
-            path: Where the file that holds the row is.
+            descriptor: Of the file that holds the row.
             row: Of the cube.
             name: Of the array.
             seasons: Which ones.
@@ -72,23 +72,19 @@ class CubeLayout:
         """
         num_seasons = self.shapes[name][0]
         num_chunks = self.rows_per_file * num_seasons
-        # Opened and its index read anew each time: microseconds, beside a millisecond of decoding; nothing to hold or share.
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            end = os.fstat(descriptor).st_size - num_chunks * SPAN_BYTES - CRC_BYTES
-            index = os.pread(descriptor, num_chunks * SPAN_BYTES + CRC_BYTES, end) if end >= 0 else b""
-            if google_crc32c.value(index) != CHECKED:
-                raise ChunkError("the list of its chunks does not match its CRC-32C")
-            spans = np.frombuffer(index, "<u8", 2 * num_chunks).reshape(self.rows_per_file, num_seasons, 2)
-            for season, pixels in zip(seasons, into, strict=True):
-                offset, size = spans[row % self.rows_per_file, season].tolist()
-                if offset == NO_CHUNK:
-                    raise ChunkError(f"season {season}: there is no chunk")
-                if offset + size > end:
-                    raise ChunkError(f"season {season}: the chunk does not lie inside the file")
-                _decode(season, os.pread(descriptor, size, offset), pixels.reshape(-1))
-        finally:
-            os.close(descriptor)
+        # Its index is read anew each time: microseconds, beside a millisecond of decoding; nothing to hold or share.
+        end = os.fstat(descriptor).st_size - num_chunks * SPAN_BYTES - CRC_BYTES
+        index = os.pread(descriptor, num_chunks * SPAN_BYTES + CRC_BYTES, end) if end >= 0 else b""
+        if google_crc32c.value(index) != CHECKED:
+            raise ChunkError("the list of its chunks does not match its CRC-32C")
+        spans = np.frombuffer(index, "<u8", 2 * num_chunks).reshape(self.rows_per_file, num_seasons, 2)
+        for season, pixels in zip(seasons, into, strict=True):
+            offset, size = spans[row % self.rows_per_file, season].tolist()
+            if offset == NO_CHUNK:
+                raise ChunkError(f"season {season}: there is no chunk")
+            if offset + size > end:
+                raise ChunkError(f"season {season}: the chunk does not lie inside the file")
+            _decode(season, os.pread(descriptor, size, offset), pixels.reshape(-1))
 
 
 def _decode(season: int, chunk: bytes, pixels: Uint8Array) -> None:
@@ -139,7 +135,7 @@ class CubeIndex(StoredDataset):
     def fetch(self, shard: int) -> None:
         """Makes sure that the files of a shard, one an array, are on this node, see `dataset.Dataset`."""
         for name in self.arrays:
-            self.files.path(self._number(int(self._first[shard]), name))
+            os.close(self.files.open(self._number(int(self._first[shard]), name)))
 
     def read_into(self, sample_id: int, season: int, arrays: Mapping[str, Uint8Array]) -> None:
         """Reads one season of one location; of the noisy labels all seasons, since the prior needs them.
@@ -174,18 +170,19 @@ class CubeIndex(StoredDataset):
     def _fill(self, number: int, sample_id: int, season: int, name: str, array: Uint8Array) -> None:
         is_label = name == LABEL_ARRAY
         seasons, into = (range(self.num_seasons), array) if is_label else (range(season, season + 1), array[np.newaxis])
-        path = self.files.path(number)
+        descriptor = self.files.open(number)
         try:
-            self.layout.read_seasons(path, int(self.rows[sample_id]), name, seasons, into)
+            self.layout.read_seasons(descriptor, int(self.rows[sample_id]), name, seasons, into)
             # Chunks have checksums of their own, which hold, too, where files or rows have changed places.
             stated = self.tables.checksums[sample_id, self.arrays.index(name)].tolist()
             for i, pixels in zip(seasons, into, strict=True):
                 if google_crc32c.value(pixels) != stated[i]:
                     raise ChunkError(f"season {i}: the pixels do not match the CRC-32C in the index; they are of another sample")
-        except FileNotFoundError as error:
-            raise ShardError(f"{path} is missing. Restore it or shard the archive again.") from error
         except (ChunkError, OSError) as error:
+            path = self.files.path(number)
             raise ShardError(f"{path}: sample {self.locations[sample_id]}, array {name}, {error}. {MEND}") from error
+        finally:
+            os.close(descriptor)
 
 
 def cube_of(folder: Path, stored: StoredDataset) -> CubeIndex:

@@ -163,7 +163,8 @@ class CubeReader:
         pixels = np.empty((len(seasons), *shape), np.uint8)
         path = self.cube / self.layout.file_of(row, name)
         try:
-            self.layout.read_seasons(path, row, name, seasons, pixels)
+            with path.open("rb", buffering=0) as file:
+                self.layout.read_seasons(file.fileno(), row, name, seasons, pixels)
         except (ChunkError, OSError) as error:
             raise ShardError(f"{path}: row {row}: {error}. Restore it or convert the archive again.") from error
         return pixels if season is None else pixels[0]

@@ -28,22 +28,25 @@ Result = TypeVar("Result")
 
 
 class ShardFiles(Protocol):
-    """Where the tars of a dataset lie on this node. All calls are thread-safe."""
+    """The files of a dataset on this node. All calls are thread-safe."""
 
     @property
     def are_local(self) -> bool:
         """Whether all of them lie on this node already."""
 
-    def path(self, shard: int) -> Path:
-        """The file of a shard, fetched first if need be.
+    def open(self, shard: int) -> int:
+        """A descriptor to read the file of a shard by, to its end whatever becomes of its name; the caller closes it.
 
         Raises:
-            ShardError: it is not the one that the manifest names.
+            ShardError: it is missing.
             DownloadError: it cannot be fetched.
         """
 
+    def path(self, shard: int) -> Path:
+        """Where it lies, or would: for messages."""
+
     def discard(self, shard: int) -> bool:
-        """Called when bytes of a shard's file are missing or changed: whether a fresh copy can be had by `path`."""
+        """Called when bytes of a shard's file are missing or changed: whether a fresh copy can be had by `open`."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ class LocalFiles:
     @cached_property
     def _paths(self) -> tuple[Path, ...]:
         return tuple(self.folder / name for name in self.names)  # once: making a path takes as long as reading a small array
+
+    def open(self, shard: int) -> int:
+        """A descriptor of the file of a shard."""
+        try:
+            return os.open(self._paths[shard], os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise ShardError(f"{self.path(shard)} is missing. Restore it or shard the archive again.") from error
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
@@ -114,7 +124,7 @@ class ShardIndex(StoredDataset):
 
     def fetch(self, shard: int) -> None:
         """Makes sure that a shard is on this node, see `dataset.Dataset`."""
-        self.files.path(shard)
+        os.close(self.files.open(shard))
 
     def read_into(self, sample_id: int, season: int, arrays: Mapping[str, Uint8Array]) -> None:
         """Reads one season of one location; of the noisy labels all seasons, since the prior needs them.
@@ -131,7 +141,7 @@ class ShardIndex(StoredDataset):
         if not (0 <= sample_id < len(self) and 0 <= season < self.num_seasons):
             raise IndexError(f"sample {sample_id}, season {season} of {len(self)} samples of {self.num_seasons} seasons")
 
-        self._with_file(sample_id, lambda descriptor, path: self._fill(descriptor, path, sample_id, season, arrays))
+        self._with_file(sample_id, lambda descriptor: self._fill(descriptor, sample_id, season, arrays))
 
     def read(self, sample_id: int, season: int, arrays: Sequence[str]) -> dict[str, Uint8Array]:
         """Like `read_into`, with new arrays: for tools and reports.
@@ -152,36 +162,33 @@ class ShardIndex(StoredDataset):
         """
         offset, size, checksum = self._tars.metadata_spans[sample_id].tolist()
 
-        def read(descriptor: int, path: Path) -> Json:
+        def read(descriptor: int) -> Json:
             data = os.pread(descriptor, size, offset)
             if google_crc32c.value(data) != checksum:
-                raise self._damaged(path, sample_id, "json", "the bytes do not match their CRC-32C")
-            return parse_object(path, data)
+                raise self._damaged(sample_id, "json", "the bytes do not match their CRC-32C")
+            return parse_object(self._path(sample_id), data)
 
         return self._with_file(sample_id, read)
 
-    def _with_file(self, sample_id: int, read: Callable[[int, Path], Result]) -> Result:
-        """Calls `read` with the open tar of a sample and its path; once more with a fresh copy where there is one."""
+    def _with_file(self, sample_id: int, read: Callable[[int], Result]) -> Result:
+        """Calls `read` with the open tar of a sample; once more with a fresh copy where there is one."""
         shard = int(self.shard_of[sample_id])
         try:
-            return self._with_open(self.files.path(shard), read)
+            return self._with_open(shard, read)
         except ShardError:
             if not self.files.discard(shard):
                 raise
-        return self._with_open(self.files.path(shard), read)
+        return self._with_open(shard, read)
 
-    def _with_open(self, path: Path, read: Callable[[int, Path], Result]) -> Result:
+    def _with_open(self, shard: int, read: Callable[[int], Result]) -> Result:
         # Opened anew each time: no limit on shards, nothing to close or to share between threads, and microseconds.
+        descriptor = self.files.open(shard)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise ShardError(f"{path} is missing. Restore it or shard the archive again.") from error
-        try:
-            return read(descriptor, path)
+            return read(descriptor)
         finally:
             os.close(descriptor)
 
-    def _fill(self, descriptor: int, path: Path, sample_id: int, season: int, arrays: Mapping[str, Uint8Array]) -> None:
+    def _fill(self, descriptor: int, sample_id: int, season: int, arrays: Mapping[str, Uint8Array]) -> None:
         offsets, checksums = self._tars.offsets[sample_id].tolist(), self.tables.checksums[sample_id].tolist()
         for name, array in arrays.items():
             layout = self._layout[name]
@@ -193,19 +200,22 @@ class ShardIndex(StoredDataset):
             try:
                 found = os.preadv(descriptor, [array], offsets[layout.column] + layout.block * seasons.start)
             except OSError as error:
-                raise self._damaged(path, sample_id, f"{name}.npy", str(error)) from error
+                raise self._damaged(sample_id, f"{name}.npy", str(error)) from error
             # A short read must be an error before checksums are looked at: the array may hold the right bytes from before.
             if found != num_bytes:
                 member = f"{name}.npy, season {seasons[found // layout.block]}"
-                raise self._damaged(path, sample_id, member, "the file ends before it")
+                raise self._damaged(sample_id, member, "the file ends before it")
             blocks = [array] if layout.all_seasons is None else array
             for stored_season, block in zip(seasons, blocks, strict=True):
                 if google_crc32c.value(block) != checksums[layout.column][stored_season]:
                     member = f"{name}.npy, season {stored_season}"
-                    raise self._damaged(path, sample_id, member, "the bytes do not match their CRC-32C")
+                    raise self._damaged(sample_id, member, "the bytes do not match their CRC-32C")
 
-    def _damaged(self, path: Path, sample_id: int, member: str, what: str) -> ShardError:
-        return ShardError(f"{path}: sample {self.locations[sample_id]}, member {member}: {what}. {MEND}")
+    def _path(self, sample_id: int) -> Path:
+        return self.files.path(int(self.shard_of[sample_id]))
+
+    def _damaged(self, sample_id: int, member: str, what: str) -> ShardError:
+        return ShardError(f"{self._path(sample_id)}: sample {self.locations[sample_id]}, member {member}: {what}. {MEND}")
 
 
 def open_shards(folder: str | Path) -> ShardIndex:

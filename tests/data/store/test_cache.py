@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def get(cache: ShardCache, remote: Remote, name: str) -> bytes:
-    return cache.get(remote, name, SIZE, SHA256[name]).read_bytes()
+    return content(cache.open(remote, name, SIZE, SHA256[name]))
+
+
+def content(descriptor: int) -> bytes:
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
 
 
 def age(cache: ShardCache, *names: str) -> None:
@@ -73,8 +78,8 @@ def test_a_file_is_fetched_once_and_named_by_its_digest(server: FileServer, remo
 def test_datasets_share_what_they_have_in_common(server: FileServer, remote: Remote, folder: Path) -> None:
     get(ShardCache(folder, 1), remote, A)
     with FileServer({"of-another-name.tar": FILES[A]}) as other:
-        path = ShardCache(folder, 1).get(Remote(other.url, IMPATIENT), "of-another-name.tar", SIZE, SHA256[A])
-        assert path.read_bytes() == FILES[A]
+        opened = ShardCache(folder, 1).open(Remote(other.url, IMPATIENT), "of-another-name.tar", SIZE, SHA256[A])
+        assert content(opened) == FILES[A]
         assert other.requests == {}
 
 
@@ -155,32 +160,48 @@ def test_files_that_are_not_the_caches_are_neither_counted_nor_deleted(remote: R
     assert kept(cache) == {B, *theirs}
 
 
-def test_a_file_that_was_just_handed_out_stays(remote: Remote, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "GRACE_S", 3600.0)
+def test_what_is_open_is_read_to_its_end_though_its_room_went_to_another(remote: Remote, folder: Path) -> None:
     cache = ShardCache(folder, room_for(1))
-    get(cache, remote, A)
-    hasty = Remote(remote.url, Patience(deadline_s=0.1))
-    with pytest.raises(StorageError, match=r"was in use for 0\.1 s, and shard-000001\.tar needs room; raise its limit"):
-        get(cache, hasty, B)
-    assert kept(cache) == {A}
+    opened = [cache.open(remote, name, SIZE, SHA256[name]) for name in FILES]
+    assert kept(cache) == {list(FILES)[-1]}
+    assert [content(descriptor) for descriptor in opened] == list(FILES.values())
 
 
-def test_room_is_waited_for_while_another_file_is_being_fetched(
-    server: FileServer, remote: Remote, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_files_that_are_being_fetched_keep_their_room(server: FileServer, remote: Remote, folder: Path) -> None:
+    server.faults[A] = ["stall"]
+    cache = ShardCache(folder, room_for(1))
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(get, cache, Remote(server.url, replace(IMPATIENT, stall_s=1)), A)
+        while not server.requests:
+            time.sleep(0.01)
+        with pytest.raises(StorageError, match=r"took all .* for 0\.1 s, and shard-000001\.tar needs room; raise its limit"):
+            get(cache, Remote(remote.url, Patience(deadline_s=0.1)), B)
+        assert slow.result(60) == FILES[A]
+
+
+@pytest.mark.parametrize("target", ["whole", "nothing", "folder"])
+def test_a_link_in_the_place_of_a_file_is_not_followed_but_replaced(
+    server: FileServer, remote: Remote, folder: Path, tmp_path: Path, target: str
 ) -> None:
-    monkeypatch.setattr(cache_module, "GRACE_S", 0.0)
-    monkeypatch.setattr(cache_module, "TOUCH_S", 0.0)
+    (tmp_path / "whole").write_bytes(FILES[B])
+    (tmp_path / "folder").mkdir()
+    folder.mkdir(mode=0o700)
+    (folder / SHA256[A]).symlink_to(tmp_path / target)
+    assert get(ShardCache(folder, 1), remote, A) == FILES[A]
+    assert (tmp_path / "whole").read_bytes() == FILES[B]
+    assert not (folder / SHA256[A]).is_symlink()
+
+
+def test_room_is_waited_for_while_another_file_is_being_fetched(server: FileServer, remote: Remote, folder: Path) -> None:
     cache = ShardCache(folder, room_for(1))
     with ThreadPoolExecutor(6) as pool:
-        paths = list(pool.map(lambda name: cache.get(remote, name, SIZE, SHA256[name]), list(FILES)[:6]))
-    assert len({*paths}) == 6
+        assert list(pool.map(lambda name: get(cache, remote, name), list(FILES)[:6])) == list(FILES.values())[:6]
     assert cache.num_bytes() == SIZE
 
 
 def test_many_threads_read_right_bytes_under_a_limit_that_holds(
     remote: Remote, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "GRACE_S", 0.05)
     monkeypatch.setattr(cache_module, "TOUCH_S", 0.0)
     cache = ShardCache(folder, room_for(5))
     most = []
@@ -188,11 +209,7 @@ def test_many_threads_read_right_bytes_under_a_limit_that_holds(
     def work(seed: int) -> None:
         rng = random.Random(seed)
         for name in rng.choices(list(FILES), k=25):
-            data = None
-            while data is None:
-                with suppress(FileNotFoundError):  # this thread was held up for longer than GRACE_S
-                    data = get(cache, remote, name)
-            assert data == FILES[name]
+            assert get(cache, remote, name) == FILES[name]
             most.append(cache.num_bytes())
 
     with ThreadPoolExecutor(4) as pool:
@@ -212,13 +229,14 @@ def test_discarding_drops_damaged_bytes_and_keeps_whole_ones(server: FileServer,
     entries = [ShardEntry(name, 1, SIZE, SHA256[name], "0" * 64) for name in FILES]
     files = CachedFiles(remote, entries, ShardCache(folder, 1))
     path = files.path(0)
+    assert content(files.open(0)) == FILES[A]
     assert files.discard(0)
     assert path.read_bytes() == FILES[A]
     path.write_bytes(FILES[B])
     assert files.discard(0)
     assert not path.exists()
     assert files.discard(0)  # another process was first
-    assert files.path(0).read_bytes() == FILES[A]
+    assert content(files.open(0)) == FILES[A]
     assert server.requests == {A: 2}
 
 
@@ -259,7 +277,7 @@ def test_what_does_not_fit_is_refused(remote: Remote, folder: Path) -> None:
 def test_a_digest_that_is_a_path_is_refused(remote: Remote, folder: Path) -> None:
     for digest in ("../../etc/passwd", "", SHA256[A].upper(), SHA256[A] + "\n"):
         with pytest.raises(ShardError, match="which is none"):
-            ShardCache(folder, 1).get(remote, A, SIZE, digest)
+            ShardCache(folder, 1).open(remote, A, SIZE, digest)
 
 
 def test_a_folder_that_others_can_write_to_is_refused(remote: Remote, folder: Path) -> None:

@@ -17,7 +17,7 @@ from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.sample import Uint8Array
 from cromss_dist.data.store.cubes import read_rows
 from cromss_dist.data.store.dataset import Dataset
-from cromss_dist.data.store.index import ShardIndex, open_shards
+from cromss_dist.data.store.index import LocalFiles, ShardIndex, open_shards
 from cromss_dist.data.store.index_file import INDEX, IndexTables, TarTables, join, places_of, write_index
 from cromss_dist.data.store.open import open_dataset
 from cromss_dist.data.store.shards import canonical
@@ -352,6 +352,9 @@ class TwoCopies:
     others: int
     asked: int = 0
     are_local: bool = False
+
+    def open(self, shard: int) -> int:
+        return LocalFiles(self.path(0).parent, (self.path(0).name,)).open(0)
 
     def path(self, shard: int) -> Path:
         return self.good if self.asked and self.others else self.bad
