@@ -56,8 +56,8 @@ class WorkerReadAhead:
             except BrokenPipeError as error:  # it did not live to be told what to do
                 self.close()
                 raise LoaderError(
-                    f"Worker {worker} ended before it began, see its output. They import the script that starts them: put what "
-                    'it does under `if __name__ == "__main__":`, or read by threads alone (workers=0).'
+                    f"Worker {worker} ended before it began, see its output. Workers import the script that starts them: put "
+                    'what it does under `if __name__ == "__main__":`, or read by threads alone (workers=0).'
                 ) from error
             its.close()  # so that the process sees when this one is gone
             for slot in range(settings.prefetch):
