@@ -65,7 +65,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     description = "Pretrains in this process, for debugging and small runs; launch/local.py starts many workers."
     parsed = parse_run(options.rest, prog="cromss pretrain", description=description)
     if parsed.dry_run:
-        print(Preflight.of(parsed.config, world_size=1).describe())
+        print(Preflight.of(parsed.config.with_absolute_paths(), world_size=1).describe())
         return
     console = Console()
     report(run_in_process(parsed.config, console), console)

@@ -92,7 +92,8 @@ class TrainPlan:
 
     Raises:
         BatchError: `global_batch` is not micro_batch x world_size x a whole number.
-        ConfigError: there is nothing to train on, the sources do not go together, or `window` or `tail` is not possible.
+        ConfigError: there is nothing to train on, the sources do not go together, a selection is not of its dataset, or
+            `window` or `tail` is not possible.
     """
 
     sources: Sequence[Source]
@@ -124,6 +125,8 @@ class TrainPlan:
         datasets = tuple(source.dataset for source in self.sources)
         together = Collection(datasets)
         selections = tuple(source.selection or select(source.dataset) for source in self.sources)
+        for dataset, selection in zip(datasets, selections, strict=True):
+            _check_selection(dataset, selection)
         sizes = [selection.sizes(one.shard_sizes) for selection, one in zip(selections, datasets, strict=True)]
         weights = [source.weight for source in self.sources]
         order = TrainingOrder(sizes, weights, self.seed, self.window, self.tail, self.global_batch)
@@ -168,7 +171,7 @@ class TrainPlan:
         Raises:
             ConfigError: the state is of another line of samples, or none at all; says what differs.
         """
-        guard, samples = state.get("guard"), state.get("samples")
+        guard, samples = (state.get("guard"), state.get("samples")) if isinstance(state, dict) else (None, None)
         if not isinstance(guard, dict) or type(samples) is not int or samples < 0 or set(state) != {"samples", "guard"}:
             raise ConfigError(f"{str(state)[:200]} is no state of a loader; give what its state_dict() returned.")
         own = self.guard
@@ -237,7 +240,7 @@ class EvalPlan:
         world_size: Number of ranks.
 
     Raises:
-        ConfigError: nothing is left to score, or a season or rank does not exist.
+        ConfigError: nothing is left to score, a season or rank does not exist, or the selection is not of the dataset.
         BatchError: `micro_batch` is less than 1.
     """
 
@@ -254,6 +257,9 @@ class EvalPlan:
         _check_rank(self.rank, self.world_size)
         if self.micro_batch < 1:
             raise BatchError(f"micro_batch={self.micro_batch} is not allowed; give at least 1.")
+        _check_selection(self.dataset, self.selection)
+        if repeated := [season for season in self.seasons if list(self.seasons).count(season) > 1]:
+            raise ConfigError(f"Season {repeated[0]} is named twice and would be scored twice; name each once.")
         if unknown := [season for season in self.seasons if not 0 <= season < self.dataset.num_seasons]:
             raise ConfigError(f"Season {unknown[0]} is not there; give some of 0 to {self.dataset.num_seasons - 1}.")
         wanted = self.selection.seasons[:, list(self.seasons)]
@@ -283,6 +289,16 @@ class EvalPlan:
     def neighbours(self, sample_id: int, epoch: int) -> Iterator[tuple[int, int]]:
         """None: a score is of what it says."""
         return iter(())
+
+
+def _check_selection(dataset: Dataset, selection: Selection) -> None:
+    num_locations, seasons = int(dataset.shard_sizes.sum()), selection.seasons.shape
+    last = int(selection.ids[-1]) if len(selection.ids) else 0
+    if seasons != (len(selection.ids), dataset.num_seasons) or last >= max(1, num_locations):
+        raise ConfigError(
+            f"The selection is not of this dataset of {num_locations} locations and {dataset.num_seasons} seasons: it has "
+            f"{list(seasons)} locations and seasons, the last one with the id {last}. Give what `select` returned for it."
+        )
 
 
 def _check_rank(rank: int, world_size: int) -> None:
