@@ -129,7 +129,8 @@ class ShardCache:
             os.close(descriptor)
             return None
         if abs(time.time() - status.st_mtime) > TOUCH_S:
-            os.utime(descriptor)
+            with suppress(OSError):  # a whole cache may lie on a file system that is read-only
+                os.utime(descriptor)
         return descriptor
 
     def _begin(self, name: str, size: int, sha256: str, download: ExitStack, wait_s: float) -> BinaryIO:
@@ -180,7 +181,7 @@ class ShardCache:
     def _listing(self) -> Iterator[tuple[float, int, str]]:
         """Last use (seconds since 1970), bytes and name of each file."""
         for entry in os.scandir(self.folder):
-            if OURS.fullmatch(entry.name):
+            if OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 with suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
                     yield status.st_mtime, status.st_size, entry.name

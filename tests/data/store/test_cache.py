@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -149,6 +150,7 @@ def test_what_was_not_used_for_longest_makes_room(server: FileServer, remote: Re
 
 def test_files_that_are_not_the_caches_are_neither_counted_nor_deleted(remote: Remote, folder: Path) -> None:
     folder.mkdir(mode=0o700)
+    (folder / ("a" * 64)).mkdir()
     theirs = {"thesis.tex": b"x" * SIZE, f"{SHA256[A]}.bak": b"y" * SIZE, ".hidden.tmp": b"z" * SIZE}
     for name, data in theirs.items():
         (folder / name).write_bytes(data)
@@ -157,7 +159,22 @@ def test_files_that_are_not_the_caches_are_neither_counted_nor_deleted(remote: R
     for name in (A, B):
         get(cache, remote, name)
         age(cache, name)
-    assert kept(cache) == {B, *theirs}
+    assert kept(cache) == {B, "a" * 64, *theirs}
+
+
+def test_a_whole_cache_on_a_read_only_file_system_is_read(
+    server: FileServer, remote: Remote, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ShardCache(folder, 1)
+    get(cache, remote, A)
+    age(cache, A)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert get(cache, remote, A) == FILES[A]
+    assert server.requests == {A: 1}
 
 
 def test_what_is_open_is_read_to_its_end_though_its_room_went_to_another(remote: Remote, folder: Path) -> None:
