@@ -22,13 +22,14 @@ def test_the_code_of_the_page_runs(synthetic_shards: Path, tmp_path: Path, monke
     shutil.copytree(synthetic_shards, tmp_path / "shards")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
         assert len([line for line in block.splitlines() if line.strip()]) <= 10
         exec(compile(block, str(PAGE), "exec"), names)
     assert names["batch"].images["s2_10m"].shape == (4, 4, 96, 96)
-    assert names["stream"].plan.start == 8
+    assert names["example"].s2.shape == (4, 3, 64, 64)
+    assert names["state"]["samples"] == names["stream"].plan.start == 8
 
 
 def test_every_name_that_is_exported_is_there() -> None:
