@@ -1,11 +1,10 @@
 import json
-import subprocess
-import sys
+import math
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -357,26 +356,28 @@ def test_memory_of_another_size_is_not_used_again() -> None:
     assert [memory.take(size).numel() for size in (3, 5, 3, 5)] == [3, 5, 3, 5]
 
 
-GROWS = """
-import resource, sys
-from itertools import islice
-from cromss_dist.data.loading import Source, TrainLoader, TrainPlan
-from tests.data.fake_dataset import FakeDataset
-plan = TrainPlan(sources=[Source(FakeDataset([500] * 200))], seed=0, global_batch=64, micro_batch=16, window=int(sys.argv[1]))
-with TrainLoader(plan=plan) as loader:
-    for _ in islice(loader, 20):
-        pass
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def test_ten_times_the_window_takes_no_more_than_a_fifth_more_memory() -> None:
-    def peak_kib(window: int) -> int:
-        root = Path(__file__).resolve().parents[3]
-        ran = subprocess.run([sys.executable, "-c", GROWS, str(window)], cwd=root, capture_output=True, text=True, check=True)
-        return int(ran.stdout)
-
-    assert peak_kib(5000) <= 1.2 * peak_kib(500)
+@pytest.mark.parametrize(("prefetch", "window"), [(1, 500), (1, 5000), (8, 500), (8, 5000)])
+def test_memory_is_what_selection_windows_and_batches_take(prefetch: int, window: int) -> None:
+    """Catalogue L12, in bytes: an id and a flag a season for each location, 4 a sample of each lane's window, and the batches."""
+    dataset = FakeDataset([500] * 100, patch_px=36)
+    sample_bytes = sum(math.prod(dataset.shape(name)) for name in dataset.arrays)
+    num_locations, micro_batch = len(dataset.locations), 16
+    take(TrainLoader(plan=plan_of(dataset, global_batch=16, micro_batch=micro_batch)), 1)  # what is imported and cached
+    tracemalloc.start()
+    try:
+        plan = plan_of(dataset, global_batch=16, micro_batch=micro_batch, window=window)
+        with TrainLoader(plan=plan, prefetch=prefetch) as loader:
+            for _ in islice(loader, 20):
+                pass
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    (lanes,) = plan.order.lanes
+    lane = num_locations // lanes
+    windows = lanes * (lane // (lane // window)) * 4
+    batches = (prefetch + 2) * micro_batch * sample_bytes  # read ahead, handed out, and the one before
+    model_bytes = num_locations * (8 + 4) + windows + batches
+    assert 0.8 * model_bytes < peak_bytes < 1.2 * model_bytes
 
 
 # Evaluation
