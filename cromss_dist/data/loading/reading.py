@@ -123,11 +123,17 @@ class BatchMemory:
         self._unused: deque[Uint8Array] = deque(maxlen=keep)
 
     def take(self, size: int) -> Tensor:
-        """Uninitialised memory: uint8 (size,)."""
+        """Uninitialised memory: uint8 (size,). Raises LoaderError where there is no shared memory left."""
         if self.kind == "pinned":
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         if self.kind == "shared":  # as default_collate does; `share_memory_` would copy what is not yet written
-            storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+            try:
+                storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+            except RuntimeError as error:
+                raise LoaderError(
+                    f"There is no shared memory for a batch of {size / 2**20:.3g} MiB ({error}): lower data.reading.workers or "
+                    "prefetch_batches, or give the container more (docker run --shm-size)."
+                ) from error
             return torch.empty(0, dtype=torch.uint8).set_(storage)
         try:
             piece = self._unused.pop()

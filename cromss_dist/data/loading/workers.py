@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cromss_dist.data.loading.plan import Plan, Request
 from cromss_dist.data.loading.read_ahead import FetchedAhead, ReadSettings, memory_of
-from cromss_dist.data.loading.reading import BatchMemory, BatchReader, Replacement, batch_of
+from cromss_dist.data.loading.reading import BatchMemory, BatchReader, Replacement, batch_of, piece_size, shapes_of
 from cromss_dist.errors import CromssError, LoaderError
 from cromss_dist.schema import Batch
 
@@ -41,30 +41,27 @@ class WorkerReadAhead:
         self._number = 0
         self._connections: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        self._slots: list[list[Tensor]] = []
         shared = BatchMemory("shared", keep=0)
-        with BatchReader(plan, 1, settings.on_corrupt) as reader:
-            size = reader.piece_size(next(plan.requests()))
-        for worker in range(settings.workers):
+        size = piece_size(shapes_of(plan.dataset), len(next(plan.requests()).sample_ids))
+        self._slots = [[shared.take(size) for _ in range(settings.prefetch)] for _ in range(settings.workers)]
+        for worker, slots in enumerate(self._slots):
             mine, its = context.Pipe()
-            slots = [shared.take(size) for _ in range(settings.prefetch)]
             process = context.Process(
                 target=_work, args=(plan, settings, worker, slots, its), name=f"cromss-worker-{worker}", daemon=True
             )
             try:
                 process.start()
+                its.close()  # so that the process sees when this one is gone
+                for slot in range(settings.prefetch):
+                    mine.send(slot)
             except BrokenPipeError as error:  # it did not live to be told what to do
                 self.close()
                 raise LoaderError(
                     f"Worker {worker} ended before it began, see its output. Workers import the script that starts them: put "
                     'what it does under `if __name__ == "__main__":`, or read by threads alone (workers=0).'
                 ) from error
-            its.close()  # so that the process sees when this one is gone
-            for slot in range(settings.prefetch):
-                mine.send(slot)
             self._connections.append(mine)
             self._processes.append(process)
-            self._slots.append(slots)
 
     def next(self) -> tuple[Batch, list[Replacement]]:
         """See `ReadAhead`."""

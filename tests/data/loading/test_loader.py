@@ -356,6 +356,18 @@ def test_memory_of_another_size_is_not_used_again() -> None:
     assert [memory.take(size).numel() for size in (3, 5, 3, 5)] == [3, 5, 3, 5]
 
 
+def test_full_shared_memory_is_an_error_that_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(size: int) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr("torch.UntypedStorage._new_shared", full)
+    with (
+        pytest.raises(LoaderError, match=r"No space left.*data\.reading\.workers"),
+        TrainLoader(plan=plan_of(), workers=2) as loader,
+    ):
+        next(loader)
+
+
 @pytest.mark.parametrize(("prefetch", "window"), [(1, 500), (1, 5000), (8, 500), (8, 5000)])
 def test_memory_is_what_selection_windows_and_batches_take(prefetch: int, window: int) -> None:
     """Catalogue L12, in bytes: an id and a flag a season for each location, 4 a sample of each lane's window, and the batches."""
