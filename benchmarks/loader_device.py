@@ -13,8 +13,8 @@ from datetime import date
 import torch
 
 from cromss_dist.data.loading.augment import prepare, train_geometry
+from cromss_dist.data.loading.draws import Draws
 from cromss_dist.data.loading.loader import TrainLoader
-from cromss_dist.data.loading.order import Draws
 from cromss_dist.data.loading.plan import Source, TrainPlan
 from cromss_dist.data.store.open import open_dataset
 from cromss_dist.models.encoder import build_encoder

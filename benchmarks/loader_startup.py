@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from stopwatch import peak_mib
 
-from cromss_dist.data.loading.order import Draws, TrainingOrder
+from cromss_dist.data.loading.draws import Draws
+from cromss_dist.data.loading.order import TrainingOrder
 
 GLOBAL_BATCH = 256
 WARM_UP = np.ones(4, np.int64)

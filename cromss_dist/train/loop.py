@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cromss_dist.config import BatchPlan, RunConfig
 from cromss_dist.data.loading.augment import eval_geometry, prepare, train_geometry
+from cromss_dist.data.loading.draws import Draws
 from cromss_dist.data.loading.loader import EvalLoader, TrainLoader
-from cromss_dist.data.loading.order import Draws
 from cromss_dist.data.loading.run_data import RunData
 from cromss_dist.errors import TrainingError
 from cromss_dist.losses import CromssLoss

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from cromss_dist.data.loading.order import Draws
+from cromss_dist.data.loading.draws import Draws
 from cromss_dist.data.loading.prior import label_prior
 from cromss_dist.errors import ConfigError
 from cromss_dist.schema import NUM_CLASSES, Batch, Example, Modality
@@ -49,7 +49,7 @@ def train_geometry(draws: Draws, patch_px: int, crop_px: int, flip_p: float, rot
     """Random crop, flip and rotation of each sample.
 
     Args:
-        draws: From `order.Draws` for the batch.
+        draws: From `draws.Draws` for the batch.
         patch_px: Side of the stored patch at 10 m.
         crop_px: Side of the output.
         flip_p: Probability of a flip: horizontal, vertical or both, equally likely.

@@ -1,7 +1,6 @@
-"""Which sample comes when, with which season, crop, flip and angle: pure functions of seed, epoch and identity.
+"""Which sample comes when: a pure function of the shards' sizes, seed and position.
 
-Nothing here holds state or knows the number of ranks, threads or restarts. Order comes from a 64-bit mixing hash of our
-own, because the streams of library generators may change between releases; golden values are pinned in the tests.
+Nothing here holds state or knows the number of ranks, threads or restarts; what is permuted is ranked by `draws.hash64`.
 
 The training line is endless: epoch follows epoch, and what a run has consumed is one integer. Each epoch the shards are
 permuted and put one behind another; this row of samples is cut into lanes, each lane into windows, and samples are permuted
@@ -9,61 +8,22 @@ inside their window. The line takes one sample of each lane in turn: a batch mix
 shards at a time. Starting anywhere costs what a permutation of the shards costs, however many samples there are.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from cromss_dist.data.loading.draws import IntArray, Stream, hash64
 from cromss_dist.errors import ConfigError
 
-IntArray: TypeAlias = npt.NDArray[np.int64]
-FloatArray: TypeAlias = npt.NDArray[np.float64]
 Tail: TypeAlias = Literal["carry", "drop", "pad"]
 
 ORDER_VERSION = 2  # another number, another order: a run of one cannot go on with the other
 MAX_LANES = 64
 _BLOCK = 2**16  # hashes made at a time
 MIXTURE_PERIOD = 4096  # slots; weights are honoured to a slot
-
-
-class _Stream(IntEnum):
-    """What a hash is drawn for. Numbers are part of the order: never reuse or change one (1 was version 1's permutation)."""
-
-    SPLIT = 2
-    SEASON = 3
-    ROW = 4
-    COL = 5
-    FLIP = 6
-    FLIP_KIND = 7
-    ROTATE = 8
-    ANGLE = 9
-    SHARDS = 10
-    WINDOW = 11
-
-
-def hash64(*parts: int | npt.NDArray[np.generic]) -> npt.NDArray[np.uint64]:
-    """Mixes integers (or integer arrays, broadcast together) into well-spread 64-bit values.
-
-    Args:
-        *parts: Each is taken modulo 2 ** 64; their order matters.
-
-    Returns:
-        uint64 array of the broadcast shape, at least one-dimensional.
-
-    Reference: the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), applied once a part.
-    """
-    state = np.zeros(1, np.uint64)
-    for part in parts:
-        value = np.asarray(part % 2**64 if isinstance(part, int) else part).astype(np.uint64)
-        state = (state ^ value) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return state
 
 
 @dataclass(frozen=True)
@@ -234,7 +194,7 @@ class _Line:
         """The shards in the order of an epoch, and where each ends in the row of samples."""
         row = self._rows.get(epoch)
         if row is None:
-            shards = _by_hash(len(self.sizes), self.seed, _Stream.SHARDS, self.source, epoch)
+            shards = _by_hash(len(self.sizes), self.seed, Stream.SHARDS, self.source, epoch)
             row = shards, np.cumsum(self.sizes[shards])
             # Two at most: a batch reaches from one epoch into the next. A new dict, since other threads read the old one.
             self._rows = {**{known: other for known, other in self._rows.items() if known == epoch - 1}, epoch: row}
@@ -244,7 +204,7 @@ class _Line:
         """The order inside a window. Each lane keeps the last: memory is lanes x window, however many datasets there are."""
         of, shuffled = self._windows.get(lane, (None, None))
         if shuffled is None or of != (epoch, window):
-            shuffled = _by_hash(size, self.seed, _Stream.WINDOW, self.source, epoch, lane, window)
+            shuffled = _by_hash(size, self.seed, Stream.WINDOW, self.source, epoch, lane, window)
             self._windows[lane] = (epoch, window), shuffled
         return shuffled
 
@@ -262,84 +222,3 @@ def _by_hash(count: int, *key: int) -> npt.NDArray[np.uint32]:
     words.sort()
     words &= number_bits
     return words.astype(np.uint32)
-
-
-@dataclass(frozen=True, eq=False)
-class Draws:
-    """The random numbers of B samples, each a function of its own (seed, epoch, sample id) and of nothing else.
-
-    All are float64 (B,), uniform in [0, 1); `augment` says what they become.
-
-    Args:
-        seed: Of the run.
-        epochs: int64 (B,).
-        sample_ids: int64 (B,): index of the location in the manifest.
-    """
-
-    seed: int
-    epochs: IntArray
-    sample_ids: IntArray
-
-    @property
-    def season(self) -> FloatArray:
-        """Which season."""
-        return self._uniform(_Stream.SEASON)
-
-    @property
-    def row(self) -> FloatArray:
-        """In which row the crop starts."""
-        return self._uniform(_Stream.ROW)
-
-    @property
-    def col(self) -> FloatArray:
-        """In which column it starts."""
-        return self._uniform(_Stream.COL)
-
-    @property
-    def flip(self) -> FloatArray:
-        """Whether to flip."""
-        return self._uniform(_Stream.FLIP)
-
-    @property
-    def flip_kind(self) -> FloatArray:
-        """Which way."""
-        return self._uniform(_Stream.FLIP_KIND)
-
-    @property
-    def rotate(self) -> FloatArray:
-        """Whether to rotate."""
-        return self._uniform(_Stream.ROTATE)
-
-    @property
-    def angle(self) -> FloatArray:
-        """How far."""
-        return self._uniform(_Stream.ANGLE)
-
-    def _uniform(self, stream: _Stream) -> FloatArray:
-        # The upper 53 bits are all that a float64 in [0, 1) can hold.
-        return (hash64(self.seed, stream, self.epochs, self.sample_ids) >> np.uint64(11)).astype(np.float64) / 2**53
-
-
-def split(keys: Sequence[str], val_fraction: float, seed: int) -> tuple[IntArray, IntArray]:
-    """Holds out the `val_fraction` of the locations whose hashed keys are smallest; at least one.
-
-    Args:
-        keys: Location keys in manifest order. A location's rank depends on its key and the seed, not on its place.
-        val_fraction: Share of the locations, in (0, 1).
-        seed: Of the run.
-
-    Returns:
-        Indices into `keys` of the training and of the validation locations, both ascending int64.
-
-    Raises:
-        ConfigError: no location would be left for training.
-    """
-    num_val = max(1, round(len(keys) * val_fraction))
-    if num_val >= len(keys):
-        raise ConfigError(
-            f"data.val_fraction={val_fraction} of {len(keys)} locations holds out {num_val} and leaves none for training; "
-            "lower data.val_fraction or use shards with more locations."
-        )
-    key_ints = np.array([int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys], np.uint64)
-    ranked = np.argsort(hash64(seed, _Stream.SPLIT, key_ints), kind="stable").astype(np.int64)
-    return np.sort(ranked[num_val:]), np.sort(ranked[:num_val])

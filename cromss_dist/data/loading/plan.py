@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.loading.order import Draws, IntArray, Stretch, Tail, TrainingOrder
+from cromss_dist.data.loading.draws import Draws, IntArray
+from cromss_dist.data.loading.order import Stretch, Tail, TrainingOrder
 from cromss_dist.data.loading.selection import Selection, draw_seasons, select
 from cromss_dist.data.store.collection import Collection
 from cromss_dist.data.store.dataset import Dataset

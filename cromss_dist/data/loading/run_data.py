@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cromss_dist.config import BatchPlan, DataConfig
-from cromss_dist.data.loading.order import split
+from cromss_dist.data.loading.draws import split
 from cromss_dist.data.loading.plan import EvalPlan, Source, TrainPlan
 from cromss_dist.data.loading.selection import Selection, select
 from cromss_dist.data.store.cache import ShardCache

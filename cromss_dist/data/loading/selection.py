@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.loading.order import FloatArray, IntArray
+from cromss_dist.data.loading.draws import FloatArray, IntArray
 from cromss_dist.data.reporting.quality import SHIFT_CONFIDENCE
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.errors import ConfigError

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from cromss_dist.data.loading.order import hash64
+from cromss_dist.data.loading.draws import hash64
 
 SHARDS, WINDOW = 10, 11  # what hashes are drawn for, see docs/loading.md
 MAX_LANES = 64

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.loading.augment import Geometry, PriorKind, bicubic_matrix, eval_geometry, prepare, train_geometry
-from cromss_dist.data.loading.order import Draws
+from cromss_dist.data.loading.draws import Draws
 from cromss_dist.errors import ConfigError
 from cromss_dist.schema import IMAGE_ARRAYS, S1_BANDS, S2_9, S2_BANDS, Batch, Example
 

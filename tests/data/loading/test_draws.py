@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cromss_dist.data.loading.order import Draws, hash64, split
+from cromss_dist.data.loading.draws import Draws, hash64, split
 from cromss_dist.errors import ConfigError
 
 

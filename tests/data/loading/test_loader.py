@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from cromss_dist.data.loading.draws import Draws
 from cromss_dist.data.loading.loader import EvalLoader, TrainLoader
-from cromss_dist.data.loading.order import Draws, TrainingOrder
+from cromss_dist.data.loading.order import TrainingOrder
 from cromss_dist.data.loading.plan import EvalPlan, Request, Source, TrainPlan
 from cromss_dist.data.loading.reading import BatchMemory
 from cromss_dist.data.loading.selection import Selection, select

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cromss_dist.data.loading.order import MIXTURE_PERIOD, ORDER_VERSION, Draws, Stretch, TrainingOrder
+from cromss_dist.data.loading.draws import Draws
+from cromss_dist.data.loading.order import MIXTURE_PERIOD, ORDER_VERSION, Stretch, TrainingOrder
 from cromss_dist.data.loading.selection import draw_seasons, select
 from cromss_dist.errors import ConfigError
 from tests.data.fake_dataset import FakeDataset

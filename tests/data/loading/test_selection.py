@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cromss_dist.data.loading.order import Draws, split
+from cromss_dist.data.loading.draws import Draws, split
 from cromss_dist.data.loading.selection import Region, Selection, draw_seasons, select
 from cromss_dist.data.reporting.quality import Quality, write_csv
 from cromss_dist.data.reporting.report import measure

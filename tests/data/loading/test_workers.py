@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from cromss_dist.data.loading.augment import prepare, train_geometry
+from cromss_dist.data.loading.draws import Draws
 from cromss_dist.data.loading.loader import EvalLoader, TrainLoader, TrainStream
-from cromss_dist.data.loading.order import Draws
 from cromss_dist.data.loading.plan import EvalPlan, Source, TrainPlan
 from cromss_dist.data.loading.selection import select
 from cromss_dist.data.loading.workers import WorkerReadAhead
