@@ -70,6 +70,8 @@ def parse_record(where: str, data: bytes, sha256: str | None) -> tuple[CubeFile,
         for file in files:
             if (type(file.path), type(file.size), type(file.sha256)) != (str, int, str):
                 raise TypeError(f"{file}")
+            if file.size < 0 or {"", ".", ".."} & set(file.path.split("/")):
+                raise ValueError(f"{file}")
         return files
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardError(f"{where} is no record of a cube: {error!r}. Restore it or convert the archive again.") from error

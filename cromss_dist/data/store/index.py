@@ -198,7 +198,7 @@ class ShardIndex(StoredDataset):
                 wanted = f"a C-contiguous uint8 array of shape {self.shape(name)}"
                 raise ValueError(f"{name} needs {wanted}, not {array.dtype} {array.shape}")
             try:
-                found = os.preadv(descriptor, [array], offsets[layout.column] + layout.block * seasons.start)
+                found = os.preadv(descriptor, [array.data], offsets[layout.column] + layout.block * seasons.start)
             except OSError as error:
                 raise self._damaged(sample_id, f"{name}.npy", str(error)) from error
             # A short read must be an error before checksums are looked at: the array may hold the right bytes from before.

@@ -208,7 +208,7 @@ class Remote:
 
     def _files(self) -> fsspec.AbstractFileSystem:
         # The libraries' connections and threads do not outlive a fork.
-        return _file_system(urlsplit(self.url).scheme, self.patience.stall_s, os.getpid())
+        return _file_system(urlsplit(self.url)._replace(path="").geturl(), self.patience.stall_s, os.getpid())
 
 
 class _Failure(Exception):  # noqa: N818 - of one try; never leaves this file
@@ -261,14 +261,24 @@ def _checked(url: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _file_system(protocol: str, stall_s: float, process: int) -> fsspec.AbstractFileSystem:
-    """What speaks a protocol, one for all threads of a process."""
+def _file_system(host: str, stall_s: float, process: int) -> fsspec.AbstractFileSystem:
+    """What speaks to a host (protocol://host), one for all threads of a process."""
+    protocol = urlsplit(host).scheme
+    package = PACKAGES[protocol]
     try:
-        options = {"client_kwargs": _http_options(stall_s)} if protocol in ("http", "https") else {}
-        return fsspec.filesystem(protocol, skip_instance_cache=True, **options)
+        # Of abfs, the account is in the URL, and is to be known here.
+        kind = fsspec.get_filesystem_class(protocol)
+        options = dict(kind._get_kwargs_from_urls(host))
+        if protocol in ("http", "https"):
+            options["client_kwargs"] = _http_options(stall_s)
+        return kind(skip_instance_cache=True, **options)
     except ImportError as error:
-        package = PACKAGES[protocol]
         raise ConfigError(f"{protocol}:// needs the package {package}: pip install {package}.") from error
+    except Exception as error:  # noqa: BLE001 - libraries have errors of their own; not `from` it, see `Remote._fetch`
+        raise ConfigError(
+            f"{package} cannot be used for {host}: {_Failure.of(error)}. See which account and credentials it needs, in the "
+            "environment or by its login."
+        ) from None
 
 
 def _http_options(stall_s: float) -> dict[str, Any]:

@@ -185,6 +185,8 @@ def manifest_entries(origin: str | Path, manifest: Json) -> list[ShardEntry]:
     """The manifest's shards, their names checked to be plain file names inside the folder."""
     entries = [ShardEntry(**entry) for entry in manifest["shards"]]
     for entry in entries:
+        if (type(entry.samples), type(entry.size), type(entry.sha256)) != (int, int, str) or min(entry.samples, entry.size) < 0:
+            raise TypeError(f"{entry}")
         if not re.fullmatch(r"[A-Za-z0-9_-]+\.tar", entry.name):
             raise ShardError(
                 f"{origin}/{MANIFEST} names the shard {entry.name!r}; allowed are plain names such as shard-000000.tar."

@@ -1,5 +1,7 @@
 """A dataset without its pixels: what manifest and index say, read and checked, from a folder or from anywhere else."""
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,14 +11,16 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.sample import Json
+from cromss_dist.data.sample import Json, SampleSpec, ValueSpec
 from cromss_dist.data.store.dataset import Places
 from cromss_dist.data.store.index_file import INDEX, IndexTables, parse_index
-from cromss_dist.data.store.shards import MANIFEST, ShardEntry, manifest_entries, parse_manifest
+from cromss_dist.data.store.shards import MANIFEST, ShardEntry, canonical, manifest_entries, parse_manifest
 from cromss_dist.errors import ShardError
-from cromss_dist.schema import LABEL_ARRAY, ArraySpec, Modality, Normalisation
+from cromss_dist.schema import LABEL_ARRAY, MODALITIES, ArraySpec, Modality, Normalisation
 
 MAX_MANIFEST_BYTES = 2**30
+MAX_COUNT = 2**31  # of samples, parts, pixels in a row: products of two fit into int64
+MAX_SAMPLE_BYTES = 2**32
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
 
 # Called with a file's name, the most bytes it may have and, of all but the manifest, its sha256, which need not be checked;
@@ -71,51 +75,43 @@ class StoredDataset:
         """Shard of each sample, int32 (N,)."""
         return np.repeat(np.arange(len(self.shard_sizes), dtype=np.int32), self.shard_sizes)
 
+    @cached_property
+    def spec(self) -> SampleSpec:
+        """What all samples have in common."""
+        return spec_of(self.manifest)
+
     @property
     def patch_px(self) -> int:
         """Side of the patches at 10 m, px."""
-        return int(self.manifest["patch_px"])
+        return self.spec.patch_px
 
-    @cached_property
+    @property
     def num_seasons(self) -> int:
         """Scenes a location has in each modality, and labels."""
-        return int(self.manifest["arrays"][LABEL_ARRAY]["shape"][0])
+        return self.spec.num_seasons
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """Names of all stored arrays."""
-        return tuple(self.manifest["arrays"])
+        return self.spec.names
 
     @property
     def images(self) -> tuple[ArraySpec, ...]:
         """The stored image arrays."""
-        return tuple(
-            ArraySpec(name, tuple(spec["bands"]), int(spec["gsd_m"]) // 10, spec["modality"])
-            for name, spec in self.manifest["arrays"].items()
-            if spec.get("modality")
-        )
+        return self.spec.images
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """What the labels' values 0, 1, ... mean."""
-        return tuple(self.manifest["arrays"][LABEL_ARRAY]["values"])
+        return self.spec.values[0].values
 
     def normalisation(self, modality: Modality) -> Normalisation:
         """The contract by which the stored values of a modality came from physical ones."""
-        stated = dict(self.manifest["normalisation"][modality])
-        digest = stated.pop("digest")
-        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in stated.items()}
-        contract = Normalisation(**fields)
-        if contract.digest != digest:
-            raise ShardError(
-                f"{self.origin}: {MANIFEST} states digest {digest} for the normalisation of {modality}, which has "
-                f"{contract.digest}; shard the archive again."
-            )
-        return contract
+        return self.spec.normalisation[modality]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of an array of one season; of 'label' all seasons."""
-        shape = tuple(self.manifest["arrays"][name]["shape"])
+        shape = self.spec.shape(name)
         return shape if name == LABEL_ARRAY else shape[1:]
 
     @classmethod
@@ -131,12 +127,72 @@ class StoredDataset:
         """
         manifest = parse_manifest(f"{origin}/{MANIFEST}", read(MANIFEST, MAX_MANIFEST_BYTES, None))
         try:
+            spec_of(manifest)
             entries = manifest_entries(origin, manifest)
             index = read(INDEX, int(manifest["index"]["size"]), manifest["index"]["sha256"])
             tables = parse_index(f"{origin}/{INDEX}", index, manifest, entries)
         except MALFORMED as error:  # digests hold, yet the content is not ours
             raise ShardError(f"{origin}: manifest or index is malformed: {error!r}. Shard the archive again.") from error
         return cls(origin, manifest, tables)
+
+
+def spec_of(manifest: Json) -> SampleSpec:
+    """What the samples of a dataset have in common, after checking that the manifest states what the converter could have.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: it does not, though its digest holds.
+    """
+    arrays, parts = manifest["arrays"], manifest["parts"]
+    counts = {
+        "patch_px": manifest["patch_px"],
+        "num_samples": manifest["num_samples"],
+        "seasons": arrays[LABEL_ARRAY]["shape"][0],
+    }
+    counts |= {"parts": parts["count"], "locations_per_part": parts["locations_per_part"], "index": manifest["index"]["size"]}
+    for name, count in counts.items():
+        if type(count) is not int or not 0 < count <= MAX_COUNT:
+            raise ValueError(f"{name} is {count!r}; allowed are whole numbers from 1 to {MAX_COUNT}")
+    images = (
+        # A scale of 0 would be divided by; what the text really says is compared below.
+        ArraySpec(name, _texts(of["bands"]), max(1, int(of["gsd_m"]) // 10), of["modality"])
+        for name, of in arrays.items()
+        if "bands" in of
+    )
+    values = (ValueSpec(name, _texts(of["values"])) for name, of in arrays.items() if "values" in of)
+    contracts = {modality: _contract(stated) for modality, stated in manifest["normalisation"].items()}
+    spec = SampleSpec(counts["patch_px"], counts["seasons"], tuple(images), tuple(values), contracts, manifest["normalised_by"])
+    # The order is that of the index's columns; the digest, of sorted keys, knows nothing of it.
+    if list(arrays) != list(spec.names) or spec.values[0].name != LABEL_ARRAY:
+        raise ValueError(f"the arrays {list(arrays)} are not images, {LABEL_ARRAY} and other values, in this order")
+    if not all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in arrays):
+        raise ValueError(f"the arrays {list(arrays)} are no names")
+    for what, stated, said in (
+        ("arrays", arrays, spec.arrays()),
+        ("normalisation", manifest["normalisation"], spec.contracts()),
+    ):
+        if canonical({what: stated}) != canonical({what: said}):
+            raise ValueError(f"the {what} contradict themselves")
+    if not {image.modality for image in spec.images} <= contracts.keys() <= set(MODALITIES):
+        raise ValueError(f"there are normalisations of {list(contracts)}")
+    if sum(math.prod(spec.shape(name)) for name in spec.names) > MAX_SAMPLE_BYTES:
+        raise ValueError(f"a sample has more than {MAX_SAMPLE_BYTES} bytes")
+    return spec
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{values!r} is no list of texts")
+    return tuple(values)
+
+
+def _contract(stated: Json) -> Normalisation:
+    fields = {name: value for name, value in stated.items() if name != "digest"}
+    for name in ("mean", "std"):
+        values = fields[name]
+        if len(values) != len(fields["bands"]) or not np.all(np.isfinite(np.array(values, np.float64))):
+            raise ValueError(f"the {name} of a normalisation is {values!r}")
+        fields[name] = tuple(values)
+    return Normalisation(**{**fields, "bands": _texts(fields["bands"])})
 
 
 def read_stored(folder: Path) -> StoredDataset:

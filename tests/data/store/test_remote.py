@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec  # type: ignore[import-untyped]
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[import-untyped]
+from fsspec.spec import AbstractBufferedFile  # type: ignore[import-untyped]
 
 from cromss_dist.data.store.remote import InsecureRedirectError, Patience, Remote, refuse_downgrade
 from cromss_dist.errors import ConfigError, DownloadError
@@ -198,12 +200,66 @@ def test_a_url_that_is_not_a_plain_folder_is_refused_without_telling_its_secrets
 
 @pytest.mark.parametrize(("url", "package"), [("s3://b/d", "s3fs"), ("gs://b/d", "gcsfs"), ("abfs://c@a.host/d", "adlfs")])
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, url: str, package: str) -> None:
-    def missing(protocol: str, **options: object) -> None:
+    def missing(protocol: str) -> None:
         raise ImportError(f"Install {protocol}")
 
-    monkeypatch.setattr(fsspec, "filesystem", missing)
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
     with pytest.raises(ConfigError, match=f"pip install {package}"):
         Remote(url, Patience(stall_s=7.5))
+
+
+class Azure(MemoryFileSystem):  # type: ignore[misc]
+    """Wants an account as adlfs does, from the URL or the environment, and reads a block at a time as object stores do."""
+
+    def __init__(self, account_name: str | None = None, **options: Any) -> None:
+        if account_name is None:
+            raise ValueError("Must provide either a connection_string or account_name with credentials, not canary://x!")
+        super().__init__(**options)
+
+    @staticmethod
+    def _get_kwargs_from_urls(url: str) -> dict[str, str]:
+        host = url.partition("@")[2].partition("/")[0]
+        return {"account_name": host.partition(".")[0]} if host else {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("abfs://").replace("@account.dfs.core.windows.net", "").lstrip("/")
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        assert options["cache_type"] == "none"
+        return Blocks(self, path, mode, **options)
+
+
+class Blocks(AbstractBufferedFile):  # type: ignore[misc]
+    requests: ClassVar[list[tuple[int, int]]] = []
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        self.requests.append((start, end))
+        return bytes(self.fs.store[self.path].getvalue()[start:end])
+
+
+@pytest.fixture
+def azure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsspec, "get_filesystem_class", lambda _: Azure)
+
+
+def test_an_object_store_is_read_by_blocks_under_the_account_in_the_url(azure: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cromss_dist.data.store.remote.BLOCK_BYTES", 100_000)
+    fsspec.filesystem("memory").pipe(f"/container/ours/{NAME}", DATA)
+    remote = Remote("abfs://container@account.dfs.core.windows.net/ours", IMPATIENT)
+    assert download(remote) == DATA
+    assert Blocks.requests == [(start, start + 100_000) for start in range(0, len(DATA), 100_000)]
+    with pytest.raises(DownloadError, match="tried once: there is no such file"):
+        remote.read("nothing", 100)
+    fsspec.filesystem("memory").rm("/container", recursive=True)
+
+
+def test_an_account_that_is_missing_is_told_before_anything_is_read(azure: None) -> None:
+    with pytest.raises(
+        ConfigError, match=r"adlfs cannot be used for abfs://container: ValueError: Must .*account_name"
+    ) as caught:
+        Remote("abfs://container/ours", IMPATIENT)
+    assert "canary" not in str(caught.value)
 
 
 def read_in_child(remote: Remote, found: Any) -> None:
