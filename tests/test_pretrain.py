@@ -1,19 +1,16 @@
 """What surrounds a run: its folder, dry run, and how the validation is scored."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cromss_dist.config import DataConfig, ReadingConfig, RunConfig, TrackingConfig
+from cromss_dist.config import ReadingConfig, RunConfig, TrackingConfig
 from cromss_dist.errors import ConfigError
 from cromss_dist.parse import parse_run
-from cromss_dist.pretrain import Preflight, git_revision, model_name, new_run_dir, record_config, tracking_uri_of
+from cromss_dist.pretrain import Preflight, git_revision, model_name, new_run_dir, tracking_uri_of
 from cromss_dist.schema import S2_9
-from cromss_dist.tracking.runs import RunTracker
-from cromss_dist.tracking.store import connect
 
 
 def test_runs_of_one_second_get_their_own_folders_with_the_resolved_config(tmp_path: Path) -> None:
@@ -40,19 +37,6 @@ def test_relative_paths_become_absolute_for_workers(monkeypatch: pytest.MonkeyPa
     ):
         elsewhere = replace(RunConfig(), tracking=TrackingConfig(uri=uri)).with_absolute_paths()
         assert tracking_uri_of(elsewhere) == absolute
-
-
-def test_a_mixture_of_any_places_can_be_recorded(tmp_path: Path) -> None:
-    shards = {"https://host:8000/a": 0.7, "s3://bucket/a": 0.2, "../données+1": 0.1}
-    config = replace(RunConfig(), data=DataConfig(shards=shards))
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    with RunTracker(uri, "mixture", "run") as tracker:
-        record_config(tracker, config, ["a" * 64, "b" * 64, "c" * 64])
-    run = connect(uri).get_run(tracker.run_id)
-    assert json.loads(run.data.params["data.shards"]) == [[*item] for item in shards.items()]
-    assert run.data.params["data.window"] == "2048"
-    tags = {key: value[0] for key, value in run.data.tags.items() if key.startswith("dataset/")}
-    assert tags == {"dataset/a-0": "a", "dataset/a-1": "b", "dataset/donn_es_1": "c"}
 
 
 def test_every_world_and_run_of_a_seed_has_the_same_split(synthetic_shards: Path) -> None:

@@ -4,12 +4,15 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from cromss_dist.config import DataConfig, RunConfig
 from cromss_dist.errors import RegistryError, StorageError
+from cromss_dist.pretrain import record_config
 from cromss_dist.tracking.runs import RunTracker, flatten
 from cromss_dist.tracking.store import connect, sqlite_path, tracking_uri
 
@@ -58,6 +61,18 @@ def test_a_dataset_may_have_any_name(store_uri: str) -> None:
     assert stored.data.tags["dataset/donn_es _1__2_"] == "a" * 64
     assert stored.inputs is not None
     assert [i.dataset.name for i in stored.inputs.dataset_inputs] == ["données (1)+2%"]
+
+
+def test_a_mixture_of_any_places_can_be_recorded(store_uri: str) -> None:
+    shards = {"https://host:8000/a": 0.7, "s3://bucket/a": 0.2, "../données+1": 0.1}
+    config = replace(RunConfig(), data=DataConfig(shards=shards))
+    with RunTracker(store_uri, "mixture", "run") as tracker:
+        record_config(tracker, config, ["a" * 64, "b" * 64, "c" * 64])
+    run = connect(store_uri).get_run(tracker.run_id)
+    assert json.loads(run.data.params["data.shards"]) == [[*item] for item in shards.items()]
+    assert run.data.params["data.window"] == "2048"
+    tags = {key: value[0] for key, value in run.data.tags.items() if key.startswith("dataset/")}
+    assert tags == {"dataset/a-0": "a", "dataset/a-1": "b", "dataset/donn_es_1": "c"}
 
 
 def test_metrics_are_sent_when_the_buffer_is_full_or_old(store_uri: str) -> None:
@@ -174,6 +189,7 @@ def test_processes_that_start_together_share_one_store_and_experiment(tmp_path: 
     # Imports first, then a common start signal: the race is for the store, not for the disk cache.
     code = """
 import sys, time, pathlib
+from cromss_dist.pretrain import record_config
 from cromss_dist.tracking.runs import RunTracker
 from cromss_dist.tracking import store
 store._import_mlflow()
