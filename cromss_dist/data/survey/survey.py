@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.archives.geotiff import Header, Place, decode, header, place
+from cromss_dist.data.archives.geotiff import Place, decode, header, place
 from cromss_dist.data.archives.inventory.entries import Entry, Match
 from cromss_dist.data.archives.inventory.inventory import Inventory, take_inventory
 from cromss_dist.data.archives.inventory.listing import Progress
+from cromss_dist.data.archives.tiff_directory import Header
 from cromss_dist.data.sample import Rejected
 from cromss_dist.data.survey.path_patterns import ROLE_WORDS, Pattern, Patterns
 from cromss_dist.errors import ArchiveEmptyError, UnreadableInputError

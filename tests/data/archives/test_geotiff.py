@@ -8,6 +8,7 @@ from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import rasterio
@@ -22,6 +23,12 @@ SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
 SIDE = 40
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+
+
+def tag_of(data: bytes, name: str) -> tifffile.TiffTag:
+    page = tifffile.TiffFile(io.BytesIO(data)).pages[0]
+    assert isinstance(page, tifffile.TiffPage)
+    return page.tags[name]
 
 
 def pixels_of(dtype: str, bands: int, side: int = SIDE) -> np.ndarray:
@@ -133,7 +140,7 @@ def test_a_surplus_row_or_column_is_left_out_and_two_are_refused() -> None:
 
 
 def test_header_says_size_bands_and_type() -> None:
-    assert geotiff.header(tif(pixels_of("int16", 2)), "a.tif") == geotiff.Header(SIDE, SIDE + 3, 2, "int16")
+    assert geotiff.header(tif(pixels_of("int16", 2)), "a.tif") == tiff_directory.Header(SIDE, SIDE + 3, 2, "int16")
 
 
 def test_another_type_or_number_of_bands_is_refused() -> None:
@@ -232,7 +239,7 @@ def test_strips_of_grey_jpeg_are_decoded_without_libtiff_to_the_pixels_of_gdal(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tif(pixels_of("uint8", 1), compress="JPEG", **options)
-    monkeypatch.setattr(geotiff.imagecodecs, "tiff_decode", None)
+    monkeypatch.setattr(imagecodecs, "tiff_decode", None)
     assert np.array_equal(geotiff.decode(data, "a.tif", DTYPES, 1, None).pixels, gdal(data)[0])
 
 
@@ -241,18 +248,23 @@ def test_jpeg_that_is_not_sequential_is_left_to_libtiff_which_bounds_its_scans(
     marker: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tif(pixels_of("uint8", 1), compress="JPEG").replace(b"\xff\xc0\x00", bytes((0xFF, marker, 0)))
-    monkeypatch.setattr(geotiff.imagecodecs, "jpeg8_decode", None)
-    monkeypatch.setattr(geotiff.imagecodecs, "tiff_decode", lambda *_, **__: np.full((SIDE, SIDE + 3), 7, np.uint8))
+    monkeypatch.setattr(imagecodecs, "jpeg8_decode", None)
+    monkeypatch.setattr(imagecodecs, "tiff_decode", lambda *_, **__: np.full((SIDE, SIDE + 3), 7, np.uint8))
     assert (geotiff.decode(data, "a.tif", DTYPES, 1, None).pixels == 7).all()
 
 
 def test_a_jpeg_strip_of_other_size_than_the_directory_says_is_left_to_libtiff(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = (tif(np.full((1, 16, side), 9, "uint8"), compress="JPEG", jpegtablesmode=0) for side in (16, 64))
-    at, size = (tifffile.TiffFile(io.BytesIO(small)).pages[0].tags[tag].value[0] for tag in ("StripOffsets", "StripByteCounts"))
-    other = tifffile.TiffFile(io.BytesIO(large)).pages[0].tags["StripOffsets"].value[0]
+    at, size = (tag_of(small, name).value[0] for name in ("StripOffsets", "StripByteCounts"))
+    other = tag_of(large, "StripOffsets").value[0]
     swapped = small[:at] + large[other : other + size] + small[at + size :]
     asked: list[bytes] = []
-    monkeypatch.setattr(geotiff.imagecodecs, "tiff_decode", lambda data, **_: asked.append(data) or np.zeros((16, 16), np.uint8))
+
+    def decode(data: bytes, **_: object) -> np.ndarray:
+        asked.append(data)
+        return np.zeros((16, 16), np.uint8)
+
+    monkeypatch.setattr(imagecodecs, "tiff_decode", decode)
     geotiff.decode(swapped, "a.tif", DTYPES, 1, None)
     assert asked == [swapped]
 
@@ -264,7 +276,7 @@ def test_equal_entries_with_other_values_elsewhere_are_told_apart() -> None:
     assert len(one) == len(other)
     for data, nodata in ((one, 11111), (other, 22222), (one, 11111)):
         assert geotiff.decode(data, "a.tif", DTYPES, 1, None).nodata == nodata
-    offsets = tifffile.TiffFile(io.BytesIO(one)).pages[0].tags["StripOffsets"]
+    offsets = tag_of(one, "StripOffsets")
     moved = bytearray(one)
     moved[offsets.valueoffset : offsets.valueoffset + 4] = struct.pack("<I", offsets.value[1])  # the second strip twice
     found = geotiff.decode(bytes(moved), "a.tif", DTYPES, 1, None).pixels
@@ -318,6 +330,6 @@ def test_a_directory_that_only_libtiff_cannot_find_is_refused(monkeypatch: pytes
     def decode(*_: object, **__: object) -> None:
         raise IndexError("directory out of range")  # which is no ValueError, and which it has been seen to raise
 
-    monkeypatch.setattr(geotiff.imagecodecs, "tiff_decode", decode)
+    monkeypatch.setattr(imagecodecs, "tiff_decode", decode)
     with pytest.raises(Rejected, match="unreadable: libtiff says: directory out of range"):
         geotiff.decode(tif(pixels_of("uint8", 1), compress="lzw"), "a.tif", DTYPES, 1, None)
