@@ -25,6 +25,7 @@ OURS = re.compile(
     r"([0-9a-f]{64})|\.([0-9a-f]{64})\.[0-9a-f]+\.tmp"
 )  # a file, one that is being fetched; nothing else is touched
 ROOM = "room"  # the lock of whoever counts, makes room or gives a file its name
+MAX_LIMIT_GIB = 1e6
 POLL_S = 0.02
 TOUCH_S = 1.0  # a use within so long of the last one is not noted: a write to the disk for each sample
 
@@ -44,7 +45,7 @@ class ShardCache:
             is the least: about 2 shards a lane of the order, see docs/operations.md.
 
     Raises:
-        ConfigError: the limit is not positive.
+        ConfigError: the limit is not positive, or infinite.
     """
 
     folder: Path = field(default_factory=default_folder)
@@ -52,8 +53,9 @@ class ShardCache:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder).expanduser().absolute())
-        if not self.limit_gib > 0:
-            raise ConfigError(f"The shard cache's limit of {self.limit_gib} GiB is not allowed; give more than 0.")
+        if not 0 < self.limit_gib <= MAX_LIMIT_GIB:
+            allowed = f"give more than 0, up to {MAX_LIMIT_GIB:g}"
+            raise ConfigError(f"The shard cache's limit of {self.limit_gib} GiB is not allowed; {allowed}.")
 
     def open(self, remote: Remote, name: str, size: int, sha256: str) -> int:
         """A descriptor to read a file of a remote folder by; the file is fetched where it is not there.
@@ -76,7 +78,7 @@ class ShardCache:
         if (descriptor := self._at_hand(size, sha256)) is not None:
             return descriptor
         _make_folder(self.folder)
-        with self._locked(sha256, remote.patience.deadline_s):
+        with self._locked(sha256, 2 * remote.patience.deadline_s):  # its holder may wait for room, then for the server
             if (descriptor := self._at_hand(size, sha256)) is not None:
                 return descriptor
             self._sweep(sha256)
