@@ -37,15 +37,15 @@ HOMES = {
     "timm": ("cromss_dist/models/",),
     "rasterio": ("cromss_dist/data/",),
     "tifffile": (),  # tests write odd files with it
-    "imagecodecs": ("cromss_dist/data/archives/geotiff.py", "cromss_dist/data/store/cube_reader.py"),
+    "imagecodecs": ("cromss_dist/data/archives/geotiff.py", "cromss_dist/data/store/cube/reader.py"),
     "rapidgzip": ("cromss_dist/data/archives/inventory/containers.py",),
     "lmdb": (),  # ends by a signal on damaged files: archives/lmdb_file.py reads the format; tests write it
-    "zarr": ("cromss_dist/data/store/cubes.py",),
-    "xarray": ("cromss_dist/data/store/cubes.py",),
-    "numcodecs": ("cromss_dist/data/store/cube_layout.py", "cromss_dist/data/archives/zarr_zip.py"),
+    "zarr": ("cromss_dist/data/store/cube/writer.py",),
+    "xarray": ("cromss_dist/data/store/cube/writer.py",),
+    "numcodecs": ("cromss_dist/data/store/cube/layout.py", "cromss_dist/data/archives/zarr_zip.py"),
     "huggingface_hub": ("cromss_dist/data/hub.py",),
-    "fsspec": ("cromss_dist/data/store/remote.py",),
-    "aiohttp": ("cromss_dist/data/store/remote.py",),
+    "fsspec": ("cromss_dist/data/store/remote/remote.py",),
+    "aiohttp": ("cromss_dist/data/store/remote/remote.py",),
 }
 SOURCES = sorted(path for folder in ("cromss_dist", "launch", "tools") for path in (ROOT / folder).rglob("*.py"))
 

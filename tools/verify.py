@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.store.verify import Report, verify
+from cromss_dist.data.store.verify.verify import Report, verify
 from cromss_dist.errors import ConfigError, ShardError, main_guard
 from tools.progress import Bars, finding_files
 

@@ -30,10 +30,10 @@ from cromss_dist.data.archives.layout.description import dump, load
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.sample import Rejected, Source
-from cromss_dist.data.store.cubes import open_cube
+from cromss_dist.data.store.cube.writer import open_cube
 from cromss_dist.data.store.index import open_shards
-from cromss_dist.data.store.shards import canonical
-from cromss_dist.data.store.verify import verify
+from cromss_dist.data.store.manifest import canonical
+from cromss_dist.data.store.verify.verify import verify
 from cromss_dist.errors import CromssError
 from tests.data.archives import test_lmdb_archive, test_zarr_archive
 from tests.data.archives.test_geotiff import tif

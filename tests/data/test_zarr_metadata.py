@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from cromss_dist.data.sample import Json, Rejected
-from cromss_dist.data.store.cube_layout import json_bytes, pixel_node
-from cromss_dist.data.store.cube_record import CUBE
-from cromss_dist.data.store.cubes import check_metadata, create_cube
+from cromss_dist.data.store.cube.layout import json_bytes, pixel_node
+from cromss_dist.data.store.cube.record import CUBE
+from cromss_dist.data.store.cube.writer import check_metadata, create_cube
 from cromss_dist.data.zarr_metadata import MAX_METADATA_BYTES, check_store, check_v2_array, check_v3_array, parse
 from cromss_dist.errors import ShardError
 from tests.data.fake_source import spec_of

@@ -13,11 +13,11 @@ from cromss_dist.data.conversion.ledger import Line
 from cromss_dist.data.conversion.plan import Sinks
 from cromss_dist.data.conversion.statistics import Statistics
 from cromss_dist.data.sample import Json, SampleSpec
-from cromss_dist.data.store.cube_layout import Row
-from cromss_dist.data.store.cube_record import CUBE, CubeFile, read_record
-from cromss_dist.data.store.cubes import read_rows
+from cromss_dist.data.store.cube.layout import Row
+from cromss_dist.data.store.cube.record import CUBE, CubeFile, read_record
+from cromss_dist.data.store.cube.writer import read_rows
 from cromss_dist.data.store.index_file import IndexTables
-from cromss_dist.data.store.shards import LEDGER, MANIFEST, ShardEntry, manifest_entries
+from cromss_dist.data.store.manifest import LEDGER, MANIFEST, ShardEntry, manifest_entries
 from cromss_dist.data.store.stored import read_stored
 from cromss_dist.errors import ConfigError, ShardError
 

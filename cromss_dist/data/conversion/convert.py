@@ -24,11 +24,12 @@ from cromss_dist.data.conversion.statistics import Statistics
 from cromss_dist.data.conversion.workplace import Workplace, claimed
 from cromss_dist.data.sample import Json, SampleSpec, Source
 from cromss_dist.data.staging import atomic_file
-from cromss_dist.data.store.cube_layout import Row
-from cromss_dist.data.store.cube_record import CUBE, RECORD, CubeFile, write_record
-from cromss_dist.data.store.cubes import create_cube, finish_cube, grow_cube
+from cromss_dist.data.store.cube.layout import Row
+from cromss_dist.data.store.cube.record import CUBE, RECORD, CubeFile, write_record
+from cromss_dist.data.store.cube.writer import create_cube, finish_cube, grow_cube
 from cromss_dist.data.store.index_file import IndexTables, checksum_table, join, places_of, tar_tables, write_index
-from cromss_dist.data.store.shards import FORMAT, LEDGER, SCHEMA_VERSION, canonical, read_manifest, read_record, write_manifest
+from cromss_dist.data.store.manifest import FORMAT, LEDGER, SCHEMA_VERSION, canonical, read_manifest, write_manifest
+from cromss_dist.data.store.shards import read_record
 from cromss_dist.failpoint import failpoint
 
 Shared = TypeVar("Shared")

@@ -11,9 +11,10 @@ from cromss_dist.data.conversion.parts import Assignment, write_part
 from cromss_dist.data.conversion.plan import Plan, Sinks, locations_per_part, make_plan
 from cromss_dist.data.conversion.workplace import Workplace
 from cromss_dist.data.sample import SampleSpec, Source
-from cromss_dist.data.store.cube_record import CUBE
-from cromss_dist.data.store.cubes import create_cube
-from cromss_dist.data.store.shards import canonical, sample_bytes
+from cromss_dist.data.store.cube.record import CUBE
+from cromss_dist.data.store.cube.writer import create_cube
+from cromss_dist.data.store.manifest import canonical
+from cromss_dist.data.store.shards import sample_bytes
 from cromss_dist.errors import StorageError
 
 CUBE_SHARE = 0.75  # bytes of a cube over those of its pixels, at most: zstd at level 3 makes 0.4 to 0.7 of real ones

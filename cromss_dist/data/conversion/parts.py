@@ -11,9 +11,10 @@ from cromss_dist.data.conversion.statistics import Statistics
 from cromss_dist.data.conversion.workplace import Workplace
 from cromss_dist.data.sample import Json, Rejected, Sample, Source
 from cromss_dist.data.staging import write_atomically
-from cromss_dist.data.store.cube_record import CUBE, CubeFile
-from cromss_dist.data.store.cubes import write_rows
-from cromss_dist.data.store.shards import Checksums, ShardEntry, sample_digest, season_checksums, write_shard
+from cromss_dist.data.store.cube.record import CUBE, CubeFile
+from cromss_dist.data.store.cube.writer import write_rows
+from cromss_dist.data.store.manifest import ShardEntry
+from cromss_dist.data.store.shards import Checksums, sample_digest, season_checksums, write_shard
 from cromss_dist.failpoint import failpoint
 
 Progress = Callable[[str, str], None]

@@ -12,7 +12,8 @@ from importlib.metadata import version
 from typing import Literal, TypeAlias
 
 from cromss_dist.data.sample import Json, SampleSpec, Source
-from cromss_dist.data.store.shards import SCHEMA_VERSION, canonical, sample_bytes
+from cromss_dist.data.store.manifest import SCHEMA_VERSION, canonical
+from cromss_dist.data.store.shards import sample_bytes
 from cromss_dist.errors import ConfigError, InputChangedError
 
 Sinks: TypeAlias = Literal["shards", "cube", "both"]

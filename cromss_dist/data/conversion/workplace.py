@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cromss_dist.data.staging import exchange, sync_folder, write_atomically
-from cromss_dist.data.store.shards import MANIFEST, read_manifest
+from cromss_dist.data.store.manifest import MANIFEST, read_manifest
 from cromss_dist.errors import ConfigError, OutputExistsError, ShardError
 from cromss_dist.failpoint import failpoint
 

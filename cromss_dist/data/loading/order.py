@@ -162,7 +162,8 @@ class _Line:
 
     def __init__(self, sizes: IntArray, seed: int, source: int, window: int) -> None:
         self.sizes = np.asarray(sizes, np.int64)
-        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.starts = np.cumsum(self.sizes)
+        self.starts -= self.sizes  # in place, as the row of an epoch is summed: there may be millions of shards
         self.num_samples = int(self.sizes.sum())
         self.seed, self.source, self.window = seed, source, window
         self.lanes = 1
@@ -195,7 +196,8 @@ class _Line:
         row = self._rows.get(epoch)
         if row is None:
             shards = _by_hash(len(self.sizes), self.seed, Stream.SHARDS, self.source, epoch)
-            row = shards, np.cumsum(self.sizes[shards])
+            ends = self.sizes[shards]
+            row = shards, np.cumsum(ends, out=ends)
             # Two at most: a batch reaches from one epoch into the next. A new dict, since other threads read the old one.
             self._rows = {**{known: other for known, other in self._rows.items() if known == epoch - 1}, epoch: row}
         return row

@@ -12,10 +12,10 @@ from cromss_dist.config import BatchPlan, DataConfig
 from cromss_dist.data.loading.draws import split
 from cromss_dist.data.loading.plan import EvalPlan, Source, TrainPlan
 from cromss_dist.data.loading.selection import Selection, select
-from cromss_dist.data.store.cache import ShardCache
 from cromss_dist.data.store.collection import Collection
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.data.store.open import open_dataset
+from cromss_dist.data.store.remote.cache import ShardCache
 from cromss_dist.errors import ConfigError
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from cromss_dist.data.sample import Json, Uint8Array
 from cromss_dist.data.store.index_file import TarTables
-from cromss_dist.data.store.shards import MANIFEST, block_bytes, file_problems, parse_object
+from cromss_dist.data.store.manifest import MANIFEST, parse_object
+from cromss_dist.data.store.shards import block_bytes, file_problems
 from cromss_dist.data.store.stored import StoredDataset, read_stored
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import LABEL_ARRAY

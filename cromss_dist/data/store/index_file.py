@@ -21,7 +21,8 @@ from safetensors.numpy import save as safetensors_bytes
 from cromss_dist.data.sample import Json
 from cromss_dist.data.staging import write_atomically
 from cromss_dist.data.store.dataset import Places
-from cromss_dist.data.store.shards import Checksums, Samples, ShardEntry, block_bytes
+from cromss_dist.data.store.manifest import ShardEntry
+from cromss_dist.data.store.shards import Checksums, Samples, block_bytes
 from cromss_dist.data.store.times import to_seconds
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import LABEL_ARRAY

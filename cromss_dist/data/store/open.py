@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from cromss_dist.data.store.cache import CachedFiles, ShardCache
-from cromss_dist.data.store.cube_reader import CubeIndex, cube_index, cube_of, cube_section
-from cromss_dist.data.store.cube_record import MAX_RECORD_BYTES, RECORD, parse_record
+from cromss_dist.data.store.cube.reader import CubeIndex, cube_index, cube_of, cube_section
+from cromss_dist.data.store.cube.record import MAX_RECORD_BYTES, RECORD, parse_record
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.data.store.index import ShardIndex, shards_of
-from cromss_dist.data.store.remote import Remote
+from cromss_dist.data.store.remote.cache import CachedFiles, ShardCache
+from cromss_dist.data.store.remote.remote import Remote
 from cromss_dist.data.store.stored import MALFORMED, StoredDataset, read_stored
 from cromss_dist.errors import ShardError
 

@@ -7,12 +7,10 @@ unseen. Members come in a fixed order under fixed headers: equal samples give eq
 
 import hashlib
 import io
-import json
 import math
-import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -23,13 +21,10 @@ import numpy as np
 
 from cromss_dist.data.sample import Json, Sample, SampleSpec, Uint8Array
 from cromss_dist.data.staging import atomic_file, write_atomically
+from cromss_dist.data.store.manifest import MANIFEST, ShardEntry, canonical, parse_object
 from cromss_dist.errors import ShardError
 from cromss_dist.failpoint import failpoint
 
-FORMAT = "cromss-shards"
-SCHEMA_VERSION = 3
-MANIFEST = "manifest.json"
-LEDGER = "ledger.jsonl"
 BLOCK_BYTES = 512  # a tar pads headers and payloads to this
 NO_PIXELS: Uint8Array = np.empty(0, np.uint8)
 MAX_MEMBER_KEY = 60  # bytes; a USTAR name has 100, and the array's name follows
@@ -56,26 +51,6 @@ Samples: TypeAlias = list[tuple[str, tuple[Member, ...]]]
 """A commit record: key and members of each sample."""
 
 
-@dataclass(frozen=True)
-class ShardEntry:
-    """What the manifest says of one shard."""
-
-    name: str
-    samples: int
-    size: int
-    sha256: str
-    record_sha256: str
-
-    @property
-    def record(self) -> str:
-        """File name of its commit record."""
-        return self.name.removesuffix(".tar") + ".json"
-
-    def to_json(self) -> Json:
-        """As the manifest has it."""
-        return asdict(self)
-
-
 def block_bytes(spec: Json) -> int:
     """Bytes of one season of an array."""
     return int(np.prod(spec["shape"][1:], dtype=np.int64)) * np.dtype(spec["dtype"]).itemsize
@@ -85,11 +60,6 @@ def sample_bytes(spec: SampleSpec) -> int:
     """Bytes that one sample takes in a tar, to within the length of its metadata."""
     payloads = [4096, *(len(npy_header(spec.shape(name))) + math.prod(spec.shape(name)) for name in spec.names)]
     return sum(BLOCK_BYTES + -(-size // BLOCK_BYTES) * BLOCK_BYTES for size in payloads)
-
-
-def canonical(content: Json) -> bytes:
-    """The JSON text whose sha256 is a digest: sorted keys, no spaces."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 def member_key(key: str) -> str:
@@ -143,55 +113,6 @@ def write_shard(folder: Path, name: str, samples: Iterable[tuple[Sample, Checksu
     written = ShardEntry(name, len(members), file.size, sha256, hashlib.sha256(record).hexdigest())
     write_atomically(folder / written.record, record)
     return written
-
-
-def write_manifest(folder: Path, content: Json) -> str:
-    """Writes `manifest.json` with its own digest, and returns the digest."""
-    digest = hashlib.sha256(canonical(content)).hexdigest()
-    write_atomically(folder / MANIFEST, json.dumps({**content, "digest": digest}, indent=1).encode())
-    return digest
-
-
-def read_manifest(folder: Path) -> Json:
-    """The manifest of a folder; see `parse_manifest`."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ShardError(f"{folder} has no {MANIFEST}; give a folder that tools/shard.py has written.")
-    return parse_manifest(str(path), path.read_bytes())
-
-
-def parse_manifest(where: str, data: bytes) -> Json:
-    """The manifest in `data`, after checking that it is ours, whole and of a version we know.
-
-    Raises:
-        ShardError: it is not.
-    """
-    manifest = parse_object(where, data)
-    if manifest.get("format") != FORMAT or manifest.get("schema_version") != SCHEMA_VERSION:
-        raise ShardError(
-            f"{where} is format {manifest.get('format')!r} version {manifest.get('schema_version')!r}; this code reads "
-            f"{FORMAT!r} version {SCHEMA_VERSION}. Shard the archive again with this version."
-        )
-    content = {name: value for name, value in manifest.items() if name != "digest"}
-    found = hashlib.sha256(canonical(content)).hexdigest()
-    if found != manifest.get("digest"):
-        raise ShardError(
-            f"{where} is damaged or was edited: its digest is {found}, it states {manifest.get('digest')}. Restore it."
-        )
-    return manifest
-
-
-def manifest_entries(origin: str | Path, manifest: Json) -> list[ShardEntry]:
-    """The manifest's shards, their names checked to be plain file names inside the folder."""
-    entries = [ShardEntry(**entry) for entry in manifest["shards"]]
-    for entry in entries:
-        if (type(entry.samples), type(entry.size), type(entry.sha256)) != (int, int, str) or min(entry.samples, entry.size) < 0:
-            raise TypeError(f"{entry}")
-        if not re.fullmatch(r"[A-Za-z0-9_-]+\.tar", entry.name):
-            raise ShardError(
-                f"{origin}/{MANIFEST} names the shard {entry.name!r}; allowed are plain names such as shard-000000.tar."
-            )
-    return entries
 
 
 def read_record(folder: Path, entry: ShardEntry) -> Samples:
@@ -324,14 +245,3 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
     descr = np.lib.format.dtype_to_descr(np.dtype(np.uint8))
     np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
     return buffer.getvalue()
-
-
-def parse_object(path: str | Path, data: bytes) -> Json:
-    """The JSON object that a file, or a member of it, holds. Raises ShardError where it holds none."""
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ShardError(f"{path} is no JSON: {error}. Restore it or shard the archive again.") from error
-    if not isinstance(content, dict):
-        raise ShardError(f"{path} is no JSON object. Restore it or shard the archive again.")
-    return content

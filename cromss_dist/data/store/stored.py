@@ -14,7 +14,7 @@ import numpy.typing as npt
 from cromss_dist.data.sample import Json, SampleSpec, ValueSpec
 from cromss_dist.data.store.dataset import Places
 from cromss_dist.data.store.index_file import INDEX, IndexTables, parse_index
-from cromss_dist.data.store.shards import MANIFEST, ShardEntry, canonical, manifest_entries, parse_manifest
+from cromss_dist.data.store.manifest import MANIFEST, ShardEntry, canonical, manifest_entries, parse_manifest
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import LABEL_ARRAY, MODALITIES, ArraySpec, Modality, Normalisation
 

@@ -16,10 +16,10 @@ import pytest
 from cromss_dist.data.conversion import convert as converter
 from cromss_dist.data.conversion.convert import Summary
 from cromss_dist.data.conversion.estimate import estimate
-from cromss_dist.data.store.cubes import open_cube
+from cromss_dist.data.store.cube.writer import open_cube
 from cromss_dist.data.store.index import open_shards
-from cromss_dist.data.store.shards import read_manifest
-from cromss_dist.data.store.verify import verify
+from cromss_dist.data.store.manifest import read_manifest
+from cromss_dist.data.store.verify.verify import verify
 from cromss_dist.errors import ConfigError, InputChangedError, OutputExistsError, RejectedInputsError, ShardError, StorageError
 from tests.data.conversions import SMALL, killed_at, start, tree
 from tests.data.fake_source import FakeSource

@@ -12,8 +12,8 @@ import torch
 
 import cromss_dist.data.loading as loading
 from cromss_dist.data.loading import Source, TrainLoader, TrainPlan
-from cromss_dist.data.store.cache import ShardCache
 from cromss_dist.data.store.open import open_dataset
+from cromss_dist.data.store.remote.cache import ShardCache
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "loading.md"
 

@@ -15,12 +15,12 @@ import safetensors.numpy
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.sample import Uint8Array
-from cromss_dist.data.store.cubes import read_rows
+from cromss_dist.data.store.cube.writer import read_rows
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.data.store.index import LocalFiles, ShardIndex, open_shards
 from cromss_dist.data.store.index_file import INDEX, IndexTables, TarTables, join, places_of, write_index
+from cromss_dist.data.store.manifest import canonical
 from cromss_dist.data.store.open import open_dataset
-from cromss_dist.data.store.shards import canonical
 from cromss_dist.data.store.stored import read_stored
 from cromss_dist.data.store.times import NO_TIME, to_seconds
 from cromss_dist.errors import ShardError

@@ -16,7 +16,7 @@ import webdataset
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.conversion.plan import locations_per_part
-from cromss_dist.data.store.shards import read_manifest
+from cromss_dist.data.store.manifest import read_manifest
 from cromss_dist.errors import (
     ConfigError,
     EmptyLabelError,

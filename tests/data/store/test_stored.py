@@ -12,8 +12,8 @@ import pytest
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.sample import Json
 from cromss_dist.data.store.dataset import Dataset
+from cromss_dist.data.store.manifest import MANIFEST, write_manifest
 from cromss_dist.data.store.open import open_dataset
-from cromss_dist.data.store.shards import MANIFEST, write_manifest
 from cromss_dist.errors import ShardError
 from tests.data.fake_source import FakeSource, spec_of
 

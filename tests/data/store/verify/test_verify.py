@@ -15,14 +15,15 @@ import pytest
 
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.sample import Json, Sample
-from cromss_dist.data.store import verify_tar
-from cromss_dist.data.store.cube_record import CUBE, RECORD, CubeFile, write_record
-from cromss_dist.data.store.cubes import write_rows
+from cromss_dist.data.store.cube.record import CUBE, RECORD, CubeFile, write_record
+from cromss_dist.data.store.cube.writer import write_rows
 from cromss_dist.data.store.index import open_shards
 from cromss_dist.data.store.index_file import INDEX, IndexTables, checksum_table, recorded_checksums, tar_tables, write_index
-from cromss_dist.data.store.shards import MANIFEST, canonical, manifest_entries, read_manifest, read_record, write_manifest
+from cromss_dist.data.store.manifest import MANIFEST, canonical, manifest_entries, read_manifest, write_manifest
+from cromss_dist.data.store.shards import read_record
 from cromss_dist.data.store.stored import read_stored
-from cromss_dist.data.store.verify import Report, verify
+from cromss_dist.data.store.verify import tar as verify_tar
+from cromss_dist.data.store.verify.verify import Report, verify
 from cromss_dist.errors import ShardError
 from tests.data.fake_source import FakeSource, spec_of
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from cromss_dist.data.conversion.convert import convert
-from cromss_dist.data.store.cache import CachedFiles, ShardCache
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.data.store.index import ShardIndex
+from cromss_dist.data.store.manifest import canonical
 from cromss_dist.data.store.open import open_dataset
-from cromss_dist.data.store.remote import Patience, Remote
-from cromss_dist.data.store.shards import canonical
+from cromss_dist.data.store.remote.cache import CachedFiles, ShardCache
+from cromss_dist.data.store.remote.remote import Patience, Remote
 from cromss_dist.errors import ConfigError, DownloadError, ShardError
 from tests.data.fake_source import FakeSource, spec_of
 from tests.data.file_server import Fault, FileServer

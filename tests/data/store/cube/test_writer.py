@@ -12,11 +12,11 @@ import xarray as xr
 import zarr
 
 from cromss_dist.data.sample import Sample, SampleSpec, ValueSpec
-from cromss_dist.data.store import cubes
-from cromss_dist.data.store.cube_layout import Coordinate, Row, coordinate_node, encode_coordinate, encode_shard, json_bytes
-from cromss_dist.data.store.cube_reader import CubeLayout
-from cromss_dist.data.store.cube_record import CUBE, RECORD, CubeFile, write_record
-from cromss_dist.data.store.cubes import CubeReader, create_cube, finish_cube, grow_cube, open_cube, read_rows, write_rows
+from cromss_dist.data.store.cube import writer
+from cromss_dist.data.store.cube.layout import Coordinate, Row, coordinate_node, encode_coordinate, encode_shard, json_bytes
+from cromss_dist.data.store.cube.reader import CubeLayout
+from cromss_dist.data.store.cube.record import CUBE, RECORD, CubeFile, write_record
+from cromss_dist.data.store.cube.writer import CubeReader, create_cube, finish_cube, grow_cube, open_cube, read_rows, write_rows
 from cromss_dist.data.store.times import from_seconds, to_seconds
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import ArraySpec, Modality, Normalisation
@@ -293,7 +293,7 @@ def test_a_shard_that_zarr_reads_otherwise_does_not_get_its_name(
 ) -> None:
     create_cube(tmp_path, source.spec, 3, 3)
     before = contents(tmp_path)
-    monkeypatch.setattr(cubes, "encode_shard", lambda rows, *sizes: encode_shard([*rows[1:], rows[0]], *sizes))
+    monkeypatch.setattr(writer, "encode_shard", lambda rows, *sizes: encode_shard([*rows[1:], rows[0]], *sizes))
     with pytest.raises(ShardError, match=r"c\.0\.0.*read back is not what was written"):
         write_rows(tmp_path, source.spec, 0, [source.read(key) for key in source.keys[:3]])
     monkeypatch.undo()

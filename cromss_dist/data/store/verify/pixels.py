@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from cromss_dist.data.sample import Json, Rejected, Source, Uint8Array
-from cromss_dist.data.store.cube_layout import SEASON_TEXTS, SEASON_TIMES
-from cromss_dist.data.store.cube_record import CUBE
-from cromss_dist.data.store.cubes import CubeReader
+from cromss_dist.data.store.cube.layout import SEASON_TEXTS, SEASON_TIMES
+from cromss_dist.data.store.cube.record import CUBE
+from cromss_dist.data.store.cube.writer import CubeReader
 from cromss_dist.data.store.index_file import INDEX, IndexTables
 from cromss_dist.data.store.shards import season_checksums
 from cromss_dist.data.store.times import to_seconds
-from cromss_dist.data.store.verify_index import differs_from_metadata
-from cromss_dist.data.store.verify_tar import Problem
+from cromss_dist.data.store.verify.index import differs_from_metadata
+from cromss_dist.data.store.verify.tar import Problem
 from cromss_dist.errors import InputChangedError, ShardError
 
 

@@ -14,31 +14,22 @@ from pathlib import Path
 from typing import TypeAlias
 
 from cromss_dist.data.sample import Json, Source
-from cromss_dist.data.store.cube_reader import CubeLayout
-from cromss_dist.data.store.cube_record import CUBE, RECORD
-from cromss_dist.data.store.cube_record import file_problems as cube_file_problems
-from cromss_dist.data.store.cube_record import read_record as read_cube_record
-from cromss_dist.data.store.cubes import CubeReader
+from cromss_dist.data.store.cube.reader import CubeLayout
+from cromss_dist.data.store.cube.record import CUBE, RECORD
+from cromss_dist.data.store.cube.record import file_problems as cube_file_problems
+from cromss_dist.data.store.cube.record import read_record as read_cube_record
+from cromss_dist.data.store.cube.writer import CubeReader
 from cromss_dist.data.store.index_file import IndexTables
-from cromss_dist.data.store.shards import (
-    LEDGER,
-    MANIFEST,
-    Samples,
-    ShardEntry,
-    canonical,
-    file_problems,
-    manifest_entries,
-    read_manifest,
-    read_record,
-)
+from cromss_dist.data.store.manifest import LEDGER, MANIFEST, ShardEntry, canonical, manifest_entries, read_manifest
+from cromss_dist.data.store.shards import Samples, file_problems, read_record
 from cromss_dist.data.store.stored import MALFORMED
-from cromss_dist.data.store.verify_index import (
+from cromss_dist.data.store.verify.index import (
     differs_from_records,
     differs_from_rows,
     read_tables,
 )
-from cromss_dist.data.store.verify_pixels import Beside
-from cromss_dist.data.store.verify_tar import Problem, check_tar
+from cromss_dist.data.store.verify.pixels import Beside
+from cromss_dist.data.store.verify.tar import Problem, check_tar
 from cromss_dist.errors import ShardError
 
 # Called with what is being read (files of the cube, shards, samples of a cube alone), how much is done and how much there is.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from cromss_dist.data.staging import atomic_file
-from cromss_dist.data.store.remote import Remote
+from cromss_dist.data.store.remote.remote import Remote
 from cromss_dist.errors import ConfigError, ShardError, StorageError
 
 OURS = re.compile(

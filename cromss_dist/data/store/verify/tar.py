@@ -13,7 +13,8 @@ import google_crc32c
 import numpy as np
 
 from cromss_dist.data.sample import Json, Uint8Array
-from cromss_dist.data.store.shards import MANIFEST, Member, Samples, ShardEntry, npy_header, stated_listing, tar_listing
+from cromss_dist.data.store.manifest import MANIFEST, ShardEntry
+from cromss_dist.data.store.shards import Member, Samples, npy_header, stated_listing, tar_listing
 
 MAX_JSON_BYTES = 2**20  # of a sample's metadata
 

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cromss_dist.data.sample import Json, Uint8Array
-from cromss_dist.data.store.cube_layout import NO_CHUNK, chunk_name
-from cromss_dist.data.store.cube_record import CubeFile, check_cube
+from cromss_dist.data.store.cube.layout import NO_CHUNK, chunk_name
+from cromss_dist.data.store.cube.record import CubeFile, check_cube
 from cromss_dist.data.store.index import MEND, LocalFiles, ShardFiles
-from cromss_dist.data.store.shards import MANIFEST
+from cromss_dist.data.store.manifest import MANIFEST
 from cromss_dist.data.store.stored import StoredDataset
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import LABEL_ARRAY

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from cromss_dist.data.store import cache as cache_module
-from cromss_dist.data.store.cache import CachedFiles, ShardCache
-from cromss_dist.data.store.remote import Patience, Remote
-from cromss_dist.data.store.shards import ShardEntry
+from cromss_dist.data.store.manifest import ShardEntry
+from cromss_dist.data.store.remote import cache as cache_module
+from cromss_dist.data.store.remote.cache import CachedFiles, ShardCache
+from cromss_dist.data.store.remote.remote import Patience, Remote
 from cromss_dist.errors import ConfigError, DownloadError, ShardError, StorageError
 from tests.data.file_server import FileServer
 

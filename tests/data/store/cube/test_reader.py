@@ -22,12 +22,12 @@ from cromss_dist.data.conversion.plan import Sinks
 from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.data.loading.plan import Source, TrainPlan
 from cromss_dist.data.sample import Json, Uint8Array
-from cromss_dist.data.store.cube_reader import CHECKED, CubeIndex, cube_index, cube_of
-from cromss_dist.data.store.cube_record import CUBE, RECORD, read_record
+from cromss_dist.data.store.cube.reader import CHECKED, CubeIndex, cube_index, cube_of
+from cromss_dist.data.store.cube.record import CUBE, RECORD, read_record
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.data.store.index import LocalFiles
+from cromss_dist.data.store.manifest import read_manifest, write_manifest
 from cromss_dist.data.store.open import open_dataset
-from cromss_dist.data.store.shards import read_manifest, write_manifest
 from cromss_dist.data.store.stored import read_stored
 from cromss_dist.errors import ShardError
 from cromss_dist.schema import Batch

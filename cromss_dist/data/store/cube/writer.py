@@ -19,7 +19,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from cromss_dist.data.sample import Json, Rejected, Sample, SampleSpec, Uint8Array
-from cromss_dist.data.store.cube_layout import (
+from cromss_dist.data.store.cube.layout import (
     METADATA,
     SEASON_TEXTS,
     SEASON_TIMES,
@@ -33,8 +33,8 @@ from cromss_dist.data.store.cube_layout import (
     pixel_node,
     root_node,
 )
-from cromss_dist.data.store.cube_reader import ChunkError, CubeLayout
-from cromss_dist.data.store.cube_record import CUBE, CubeFile, check_cube, place_file
+from cromss_dist.data.store.cube.reader import ChunkError, CubeLayout
+from cromss_dist.data.store.cube.record import CUBE, CubeFile, check_cube, place_file
 from cromss_dist.data.store.times import from_seconds
 from cromss_dist.data.zarr_metadata import check_store
 from cromss_dist.errors import ShardError

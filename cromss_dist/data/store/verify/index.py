@@ -8,11 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cromss_dist.data.sample import Json
-from cromss_dist.data.store.cube_layout import Row
+from cromss_dist.data.store.cube.layout import Row
 from cromss_dist.data.store.index_file import INDEX, IndexTables, checksum_table, places_of, recorded_checksums, tar_tables
-from cromss_dist.data.store.shards import Samples, ShardEntry
+from cromss_dist.data.store.manifest import ShardEntry
+from cromss_dist.data.store.shards import Samples
 from cromss_dist.data.store.stored import MALFORMED, read_stored
-from cromss_dist.data.store.verify_tar import Problem
+from cromss_dist.data.store.verify.tar import Problem
 from cromss_dist.errors import ShardError
 
 

@@ -15,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[import-untyped]
 from fsspec.spec import AbstractBufferedFile  # type: ignore[import-untyped]
 
-from cromss_dist.data.store.remote import InsecureRedirectError, Patience, Remote, refuse_downgrade
+from cromss_dist.data.store.remote.remote import InsecureRedirectError, Patience, Remote, refuse_downgrade
 from cromss_dist.errors import ConfigError, DownloadError
 from tests.data.file_server import Fault, FileServer
 from tests.data.hub_server import HubServer, serving
@@ -244,7 +244,7 @@ def azure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_object_store_is_read_by_blocks_under_the_account_in_the_url(azure: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cromss_dist.data.store.remote.BLOCK_BYTES", 100_000)
+    monkeypatch.setattr("cromss_dist.data.store.remote.remote.BLOCK_BYTES", 100_000)
     fsspec.filesystem("memory").pipe(f"/container/ours/{NAME}", DATA)
     remote = Remote("abfs://container@account.dfs.core.windows.net/ours", IMPATIENT)
     assert download(remote) == DATA

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cromss_dist.data.sample import Json
 from cromss_dist.data.staging import atomic_file
-from cromss_dist.data.store.cube_layout import METADATA
+from cromss_dist.data.store.cube.layout import METADATA
 from cromss_dist.errors import ShardError
 
 CUBE = "cube.zarr"

@@ -1,0 +1,1 @@
+"""Datasets behind URLs: fetching files, and keeping them on the node."""
