@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,6 @@ def test_a_strange_manifest_is_refused_or_of_no_consequence(dataset: Path, templ
         name = list(manifest)[rng.integers(len(manifest))]
         write_manifest(dataset, {**manifest, name: strange(manifest[name], rng)})
         for reader in READERS:
-            try:
-                opened = open_dataset(dataset, reader=reader)
-            except ShardError:
-                continue
-            use(opened)
+            # Some of it shows only where it is read: parts of another size, say, for a cube's files.
+            with suppress(ShardError):
+                use(open_dataset(dataset, reader=reader))
