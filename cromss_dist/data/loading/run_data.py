@@ -82,13 +82,16 @@ class RunData:
     @cached_property
     def dataset(self) -> Dataset:
         """All of it as one."""
-        return self.train[0].dataset if len(self.train) == 1 else Collection(tuple(source.dataset for source in self.train))
+        return self.train[0].dataset if len(self.train) == 1 else self._together
+
+    @cached_property
+    def _together(self) -> Collection:
+        return Collection(tuple(source.dataset for source in self.train))
 
     @cached_property
     def validation(self) -> Selection:
         """The locations held out, in the ids of `dataset`; also the seasons that training does not draw from."""
-        starts = np.cumsum([0, *(len(source.dataset.locations) for source in self.train)])
-        ids = np.concatenate([part.ids + start for part, start in zip(self.held_out, starts, strict=False)])
+        ids = np.concatenate([part.ids + start for part, start in zip(self.held_out, self._together.starts, strict=True)])
         return Selection(ids, np.concatenate([part.seasons for part in self.held_out]))
 
     @property

@@ -5,16 +5,16 @@ The tars are not parsed: where everything is comes from the index, as arrays of 
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import google_crc32c
 import numpy as np
 
 from cromss_dist.data.sample import Json, Uint8Array
+from cromss_dist.data.store.files import MEND, LocalFiles, ShardFiles, read_file
 from cromss_dist.data.store.index_file import TarTables
 from cromss_dist.data.store.manifest import MANIFEST, parse_object
 from cromss_dist.data.store.shards import block_bytes, file_problems
@@ -23,68 +23,6 @@ from cromss_dist.errors import ShardError
 from cromss_dist.schema import LABEL_ARRAY
 
 NUM_NAMES_SHOWN = 5
-MEND = "The file was damaged after it was written; restore it or shard the archive again."
-
-Result = TypeVar("Result")
-
-
-class ShardFiles(Protocol):
-    """The files of a dataset on this node. All calls are thread-safe."""
-
-    @property
-    def are_local(self) -> bool:
-        """Whether all of them lie on this node already."""
-
-    def open(self, shard: int) -> int:
-        """A descriptor to read the file of a shard by, to its end whatever becomes of its name; the caller closes it.
-
-        Raises:
-            ShardError: it is missing.
-            DownloadError: it cannot be fetched.
-        """
-
-    def path(self, shard: int) -> Path:
-        """Where it lies, or would: for messages."""
-
-    def discard(self, shard: int) -> bool:
-        """Called when bytes of a shard's file are missing or changed: whether a fresh copy can be had by `open`."""
-
-
-@dataclass(frozen=True)
-class LocalFiles:
-    """The tars of a folder, which nobody but the user can restore.
-
-    Args:
-        folder: Of the dataset.
-        names: File name of each shard.
-    """
-
-    folder: Path
-    names: tuple[str, ...]
-
-    @property
-    def are_local(self) -> bool:
-        """They are."""
-        return True
-
-    @cached_property
-    def _paths(self) -> tuple[Path, ...]:
-        return tuple(self.folder / name for name in self.names)  # once: making a path takes as long as reading a small array
-
-    def open(self, shard: int) -> int:
-        """A descriptor of the file of a shard."""
-        try:
-            return os.open(self._paths[shard], os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise ShardError(f"{self.path(shard)} is missing. Restore it or shard the archive again.") from error
-
-    def path(self, shard: int) -> Path:
-        """The file of a shard."""
-        return self._paths[shard]
-
-    def discard(self, shard: int) -> bool:
-        """There is no other copy."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -139,10 +77,9 @@ class ShardIndex(StoredDataset):
             ShardError: bytes are missing or do not match their checksum; names file, sample, array and season.
             DownloadError: the shard cannot be fetched.
         """
-        if not (0 <= sample_id < len(self) and 0 <= season < self.num_seasons):
-            raise IndexError(f"sample {sample_id}, season {season} of {len(self)} samples of {self.num_seasons} seasons")
-
-        self._with_file(sample_id, lambda descriptor: self._fill(descriptor, sample_id, season, arrays))
+        self.check_in_range(sample_id, season)
+        shard = int(self.shard_of[sample_id])
+        read_file(self.files, shard, lambda descriptor: self._fill(descriptor, sample_id, season, arrays))
 
     def read(self, sample_id: int, season: int, arrays: Sequence[str]) -> dict[str, Uint8Array]:
         """Like `read_into`, with new arrays: for tools and reports.
@@ -169,25 +106,7 @@ class ShardIndex(StoredDataset):
                 raise self._damaged(sample_id, "json", "the bytes do not match their CRC-32C")
             return parse_object(self._path(sample_id), data)
 
-        return self._with_file(sample_id, read)
-
-    def _with_file(self, sample_id: int, read: Callable[[int], Result]) -> Result:
-        """Calls `read` with the open tar of a sample; once more with a fresh copy where there is one."""
-        shard = int(self.shard_of[sample_id])
-        try:
-            return self._with_open(shard, read)
-        except ShardError:
-            if not self.files.discard(shard):
-                raise
-        return self._with_open(shard, read)
-
-    def _with_open(self, shard: int, read: Callable[[int], Result]) -> Result:
-        # Opened anew each time: no limit on shards, nothing to close or to share between threads, and microseconds.
-        descriptor = self.files.open(shard)
-        try:
-            return read(descriptor)
-        finally:
-            os.close(descriptor)
+        return read_file(self.files, int(self.shard_of[sample_id]), read)
 
     def _fill(self, descriptor: int, sample_id: int, season: int, arrays: Mapping[str, Uint8Array]) -> None:
         offsets, checksums = self._tars.offsets[sample_id].tolist(), self.tables.checksums[sample_id].tolist()

@@ -60,6 +60,11 @@ class StoredDataset:
         """Samples in each shard, int64 (K,)."""
         return self.tables.shard_sizes
 
+    def check_in_range(self, sample_id: int, season: int) -> None:
+        """Raises IndexError for a sample or season that is not there: negative ones would count from the end."""
+        if not (0 <= sample_id < len(self) and 0 <= season < self.num_seasons):
+            raise IndexError(f"sample {sample_id}, season {season} of {len(self)} samples of {self.num_seasons} seasons")
+
     @property
     def places(self) -> Places:
         """Where and when the locations were taken."""

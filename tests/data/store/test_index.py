@@ -17,7 +17,8 @@ from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.sample import Uint8Array
 from cromss_dist.data.store.cube.writer import read_rows
 from cromss_dist.data.store.dataset import Dataset
-from cromss_dist.data.store.index import LocalFiles, ShardIndex, open_shards
+from cromss_dist.data.store.files import LocalFiles
+from cromss_dist.data.store.index import ShardIndex, open_shards
 from cromss_dist.data.store.index_file import INDEX, IndexTables, TarTables, join, places_of, write_index
 from cromss_dist.data.store.manifest import canonical
 from cromss_dist.data.store.open import open_dataset

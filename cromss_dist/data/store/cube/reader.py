@@ -7,7 +7,7 @@ what is one chunk of ours; and a chunk that is missing is fill values to them, t
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from cromss_dist.data.sample import Json, Uint8Array
 from cromss_dist.data.store.cube.layout import NO_CHUNK, chunk_name
 from cromss_dist.data.store.cube.record import CubeFile, check_cube
-from cromss_dist.data.store.index import MEND, LocalFiles, ShardFiles
+from cromss_dist.data.store.files import MEND, LocalFiles, ShardFiles, read_file
 from cromss_dist.data.store.manifest import MANIFEST
 from cromss_dist.data.store.stored import StoredDataset
 from cromss_dist.errors import ShardError
@@ -149,28 +149,21 @@ class CubeIndex(StoredDataset):
             ShardError: a chunk is missing or does not match its checksum; names file, sample, array and season.
             DownloadError: a file cannot be fetched.
         """
-        if not (0 <= sample_id < len(self) and 0 <= season < self.num_seasons):
-            raise IndexError(f"sample {sample_id}, season {season} of {len(self)} samples of {self.num_seasons} seasons")
+        self.check_in_range(sample_id, season)
         for name, array in arrays.items():
             if array.dtype != np.uint8 or array.shape != self.shape(name) or not array.flags.c_contiguous:
                 raise ValueError(
                     f"{name} needs a C-contiguous uint8 array of shape {self.shape(name)}, not {array.dtype} {array.shape}"
                 )
             number = self._number(sample_id, name)
-            try:
-                self._fill(number, sample_id, season, name, array)
-            except ShardError:
-                if not self.files.discard(number):
-                    raise
-                self._fill(number, sample_id, season, name, array)
+            read_file(self.files, number, partial(self._fill, number, sample_id, season, name, array))
 
     def _number(self, sample_id: int, name: str) -> int:
         return self.numbers[self.layout.file_of(int(self.rows[sample_id]), name)]
 
-    def _fill(self, number: int, sample_id: int, season: int, name: str, array: Uint8Array) -> None:
+    def _fill(self, number: int, sample_id: int, season: int, name: str, array: Uint8Array, descriptor: int) -> None:
         is_label = name == LABEL_ARRAY
         seasons, into = (range(self.num_seasons), array) if is_label else (range(season, season + 1), array[np.newaxis])
-        descriptor = self.files.open(number)
         try:
             self.layout.read_seasons(descriptor, int(self.rows[sample_id]), name, seasons, into)
             # Chunks have checksums of their own, which hold, too, where files or rows have changed places.
@@ -181,8 +174,6 @@ class CubeIndex(StoredDataset):
         except (ChunkError, OSError) as error:
             path = self.files.path(number)
             raise ShardError(f"{path}: sample {self.locations[sample_id]}, array {name}, {error}. {MEND}") from error
-        finally:
-            os.close(descriptor)
 
 
 def cube_of(folder: Path, stored: StoredDataset) -> CubeIndex:

@@ -25,7 +25,7 @@ from cromss_dist.data.sample import Json, Uint8Array
 from cromss_dist.data.store.cube.reader import CHECKED, CubeIndex, cube_index, cube_of
 from cromss_dist.data.store.cube.record import CUBE, RECORD, read_record
 from cromss_dist.data.store.dataset import Dataset
-from cromss_dist.data.store.index import LocalFiles
+from cromss_dist.data.store.files import LocalFiles
 from cromss_dist.data.store.manifest import read_manifest, write_manifest
 from cromss_dist.data.store.open import open_dataset
 from cromss_dist.data.store.stored import read_stored
