@@ -195,8 +195,8 @@ class LossConfig:
         prior: Label prior: 't' temporal, 's' spatial, 'ts' both, 'none' hard labels.
         prior_weight: a, weight of the prior in the smoothed label.
         uniform_weight: b, weight of the uniform distribution in the smoothed label.
-        scope: What selection, Dice and sums see: 'global', every rank's pixels of one micro step; 'local', one
-            rank's, as published.
+        scope: What selection, Dice and sums see: 'global', the whole global batch, for which gradient accumulation costs a
+            second forward pass; 'micro', every rank's pixels of one micro step; 'local', one rank's, as published.
     """
 
     segmentation: tuple[Literal["ce", "dice", "focal"], ...] = ("ce", "dice")
@@ -210,7 +210,7 @@ class LossConfig:
     prior: Literal["t", "s", "ts", "none"] = "ts"
     prior_weight: float = 0.15
     uniform_weight: float = 0.05
-    scope: Literal["global", "local"] = "global"
+    scope: Literal["global", "micro", "local"] = "global"
 
     def __post_init__(self) -> None:
         ok = bool(self.segmentation) and len(set(self.segmentation)) == len(self.segmentation)
@@ -279,12 +279,18 @@ class EngineConfig:
         global_batch: Samples of one optimiser step over all ranks.
         micro_batch: Samples of one forward pass on one rank; null derives it from the other two.
         accumulation_steps: Forward passes that one optimiser step adds up on each rank.
-        precision: Arithmetic of the networks; losses are always float32. 'auto': bf16 on a GPU that has it, else
-            fp16 on a GPU, fp32 on a CPU. fp16 needs ZeRO stage 0.
+        precision: Arithmetic of the networks; losses, weights and batch norms are always float32. 'auto': bf16 on a GPU that
+            has it, else fp16 on a GPU, fp32 on a CPU. fp16 scales the loss, dynamically.
         zero_stage: DeepSpeed ZeRO stage, 0-3.
         grad_clip: Largest norm of the gradient, 0 = no clipping.
         device: 'auto' takes a GPU where torch finds one.
-        channels_last: Memory format of images and activations.
+        batch_norm: What batch norms normalise by: 'global', all ranks' pixels of a micro step; 'local', one rank's, as
+            published.
+        channels_last: Memory format of images and activations; 'auto' is true.
+        activation_checkpointing: Whether activations are computed again in the backward pass instead of kept; 'auto' does it
+            on a GPU where they would not fit.
+        compile: Whether torch.compile builds the networks' kernels, which takes minutes; 'auto' is false.
+        fused_optimizer: Whether Adam is one kernel; 'auto' is true.
     """
 
     global_batch: int = 128
@@ -294,7 +300,11 @@ class EngineConfig:
     zero_stage: int = 0
     grad_clip: float = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    channels_last: bool = True
+    batch_norm: Literal["global", "local"] = "global"
+    channels_last: Literal["auto"] | bool = "auto"
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    compile: Literal["auto"] | bool = "auto"
+    fused_optimizer: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
         _require(self.global_batch >= 1, "engine.global_batch", self.global_batch, "give at least 1")
@@ -304,6 +314,57 @@ class EngineConfig:
         _require(self.accumulation_steps >= 1, "engine.accumulation_steps", self.accumulation_steps, "give at least 1")
         _require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "give 0, 1, 2 or 3")
         _require(self.grad_clip >= 0, "engine.grad_clip", self.grad_clip, "give 0 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved, so that it can go on after a crash, on the same or another number of ranks.
+
+    Args:
+        every_epochs: Interval in epochs of training samples. The end is always saved.
+        keep: Verified checkpoints that are kept, the newest ones.
+        on_failure: What a saving that fails does, on a full disk, say: 'continue' trains on with the older ones and tells,
+            'stop' ends the run.
+    """
+
+    every_epochs: float = 1.0
+    keep: int = 2
+    on_failure: Literal["continue", "stop"] = "continue"
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "give more than 0")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "give at least 1")
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """What becomes of steps that go wrong, and of ranks that hang.
+
+    Args:
+        max_bad_steps: Steps in a row whose loss or gradient is not finite, after which the run ends; each of them is skipped
+            on all ranks, and none is saved, so that it can go on from before them.
+        spike: A loss above `spike_factor` times the median of the last `spike_window`: 'report' tells and counts, 'skip' also
+            leaves the step out (two in a row at most, then that is the new level), 'off' does not look.
+        spike_factor: See `spike`.
+        spike_window: Steps.
+        bundles: Bad steps of a run that are kept with their weights, for `cromss replay`.
+        hang_timeout_s: Seconds without a sign of life, after which a rank dumps its stacks and the run ends. A step, a batch
+            of validation, a wait for data or saving must not take as long.
+    """
+
+    max_bad_steps: int = 5
+    spike: Literal["off", "report", "skip"] = "report"
+    spike_factor: float = 10.0
+    spike_window: int = 128
+    bundles: int = 3
+    hang_timeout_s: float = 900.0
+
+    def __post_init__(self) -> None:
+        _require(self.max_bad_steps >= 1, "faults.max_bad_steps", self.max_bad_steps, "give at least 1")
+        _require(self.spike_factor > 1, "faults.spike_factor", self.spike_factor, "give more than 1")
+        _require(self.spike_window >= 2, "faults.spike_window", self.spike_window, "give at least 2")
+        _require(self.bundles >= 0, "faults.bundles", self.bundles, "give 0 or more")
+        _require(1 <= self.hang_timeout_s <= 1e6, "faults.hang_timeout_s", self.hang_timeout_s, "give 1 to 1e6 seconds")
 
 
 @dataclass(frozen=True)
@@ -342,15 +403,19 @@ class LaunchConfig:
         workers: Processes; null takes one a GPU, or one on a machine without GPU.
         cpus_per_worker: CPU cores of each worker: Ray reserves them, torch uses that many threads.
         ray: Whether Ray starts the workers. false runs one worker in this process, for debugging: same numbers.
+        max_restarts: Times that Ray's workers are started again after one died or hung; the run goes on from its last
+            checkpoint.
     """
 
     workers: int | None = None
     cpus_per_worker: int = 1
     ray: bool = True
+    max_restarts: int = 3
 
     def __post_init__(self) -> None:
         _require(self.workers is None or self.workers >= 1, "launch.workers", self.workers, "give at least 1 or null")
         _require(self.cpus_per_worker >= 1, "launch.cpus_per_worker", self.cpus_per_worker, "give at least 1")
+        _require(self.max_restarts >= 0, "launch.max_restarts", self.max_restarts, "give 0 or more")
         _require(
             self.ray or self.workers in (None, 1), "launch.workers", self.workers, "launch.ray=false runs one worker; set it to 1"
         )
@@ -369,6 +434,8 @@ class RunConfig:
         loss: CromSS.
         train: Length, learning rate, validation.
         engine: How a step is computed.
+        checkpoint: When the run is saved.
+        faults: What becomes of bad steps and hanging ranks.
         tracking: MLflow run and registry.
         launch: Processes.
     """
@@ -381,6 +448,8 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 

@@ -127,6 +127,30 @@ class TrainingError(CromssError):
     exit_code = 70
 
 
+class CheckpointError(CromssError):
+    """Checkpoints are there and none verifies, or one is of another run."""
+
+    exit_code = 73
+
+
+class PreemptedError(CromssError):
+    """The run was asked to stop, has saved itself, and can go on."""
+
+    exit_code = 75
+
+
+class HangError(CromssError):
+    """A rank gave no sign of life in the time allowed."""
+
+    exit_code = 76
+
+
+class DivergenceError(CromssError):
+    """Too many steps in a row were not finite."""
+
+    exit_code = 77
+
+
 class LoaderError(CromssError):
     """A process or thread that reads samples died, or gave no batch in the time allowed."""
 

@@ -3,10 +3,11 @@
 Layer 1.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 
 from cromss_dist.errors import ConfigError
 
-COLLECTIVE_TIMEOUT_S = 600
+COLLECTIVE_TIMEOUT_S = 1800  # beyond what the watch for hanging ranks allows, which says more
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,22 @@ class World:
         total = values.detach().clone()
         dist.all_reduce(total)
         return total
+
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's value of JSON types, on every rank; a collective call."""
+        if self.size == 1:
+            return value
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        length = torch.tensor([len(text) if self.is_main else 0], device=self.device)
+        dist.broadcast(length, 0)
+        text = text if self.is_main else torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        dist.broadcast(text, 0)
+        return json.loads(bytes(text.tolist()))
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        self.reduce_sum(torch.zeros(1, device=self.device)).item()
 
 
 def choose_device(wish: Literal["auto", "cpu", "cuda"]) -> torch.device:
