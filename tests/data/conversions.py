@@ -1,7 +1,6 @@
 """Conversions of fake archives that are killed, in processes of their own; what is on disk afterwards."""
 
 import hashlib
-import multiprocessing
 import os
 import signal
 from multiprocessing.process import BaseProcess
@@ -10,10 +9,9 @@ from typing import Any
 
 from cromss_dist.data.conversion.convert import convert
 from tests.data.fake_source import FakeSource
+from tests.forkserver import FORKSERVER, preload
 
-# A server that has imported everything forks off a converter in milliseconds, and has no threads that a fork would break.
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tests.data.conversions"])
+preload("tests.data.conversions")
 
 SMALL = {"shard_size_mib": 0.1, "max_reject_fraction": 0.5, "write": "both"}
 """Three locations of 24 px a part."""
