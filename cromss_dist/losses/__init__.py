@@ -1,4 +1,5 @@
 from cromss_dist.config import LossConfig
+from cromss_dist.losses.counts import Counts
 from cromss_dist.losses.cromss import CromssLoss, LossOutput
 
-__all__ = ["CromssLoss", "LossConfig", "LossOutput"]
+__all__ = ["Counts", "CromssLoss", "LossConfig", "LossOutput"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from cromss_dist.config import LossConfig
 from cromss_dist.losses import confidence, segmentation
 from cromss_dist.losses.consistency import consistency_sum
+from cromss_dist.losses.counts import Counts, count
 from cromss_dist.losses.selection import ReduceSum, consistency_weights, keep_ratio, ramp, selection_weights
 from cromss_dist.schema import IGNORE, MODALITIES, NUM_CLASSES
 
@@ -25,7 +26,7 @@ _NUM_SCALARS = 6
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The loss of one micro batch.
+    """The loss of what one call sees: a micro batch, or all of a step (`train/accumulation.py`).
 
     `parts` are detached float32 scalars: `segmentation_s1`, `ce_s1`, `dice_s1`, `focal_s1` (those configured), `consistency_s1`
     (into S1, unless 'none'), `kept_s1` (mean selection weight of the labelled pixels, in [0, 1]), and the same for s2.
@@ -35,6 +36,7 @@ class LossOutput:
     parts: dict[str, Tensor]
     selection_s1: Tensor  # float32 (B, H, W) in [0, 1], weights of the segmentation loss
     selection_s2: Tensor
+    counts: Counts  # of this rank's pixels, not summed over ranks
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ class _Branch:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Pixel weights, detached: float32 (2, B, H, W), and bool (B, H, W)."""
+    """Pixel weights, detached: float32 (2, B, H, W), and bool (B, H, W): labelled pixels, and those of samples that count."""
 
     segmentation: Tensor
     consistency: Tensor
     labelled: Tensor
+    valid: Tensor
 
 
 class CromssLoss:
@@ -64,7 +67,8 @@ class CromssLoss:
     average over ranks.
 
     Args:
-        config: The loss section of the run; scope 'local' sets `reduce_sum` and `world_size` aside.
+        config: The loss section of the run. Its scope: 'global' and 'micro' see the pixels of a call on all ranks, and differ
+            in what one call is given, all micro batches of a step or one; 'local' sets `reduce_sum` and `world_size` aside.
         num_classes: C.
         reduce_sum: Sum of a detached tensor (int64 or float64) over ranks; None in one process. Called the same number of
             times on every rank.
@@ -119,6 +123,12 @@ class CromssLoss:
             parts={name: part.detach().float() for name, part in parts.items()},
             selection_s1=weights.segmentation[0],
             selection_s2=weights.segmentation[1],
+            counts=count(
+                (branches[0].probs, branches[1].probs),
+                label.where(weights.labelled, self.num_classes),
+                weights.segmentation,
+                weights.valid,
+            ),
         )
 
     @torch.no_grad()
@@ -162,8 +172,9 @@ class CromssLoss:
         consistency = torch.ones(label.shape, device=label.device)
         if sample_weights is not None:
             consistency = consistency * sample_weights.float()[:, None, None]
-        labelled = (label != IGNORE) & (consistency > 0)
-        return _Weights((consistency * labelled).expand(2, *label.shape), consistency.expand(2, *label.shape), labelled)
+        valid = consistency > 0
+        labelled = (label != IGNORE) & valid
+        return _Weights((consistency * labelled).expand(2, *label.shape), consistency.expand(2, *label.shape), labelled, valid)
 
     @torch.no_grad()
     def _select(self, branches: tuple[_Branch, _Branch], label: Tensor, uniform: _Weights, progress: float) -> _Weights:
@@ -176,7 +187,7 @@ class CromssLoss:
         classes = label.where(uniform.labelled, self.num_classes)
         selected = selection_weights(confidence.refine(of_label), classes, self.num_classes, ratio, self.reduce_sum)
         agreed = consistency_weights(confidence.refine(of_prediction), progress_ramp)
-        return _Weights(uniform.segmentation * selected, uniform.consistency * agreed, uniform.labelled)
+        return _Weights(uniform.segmentation * selected, uniform.consistency * agreed, uniform.labelled, uniform.valid)
 
     def _sums(self, branches: tuple[_Branch, _Branch], label: Tensor, prior: Tensor | None, weights: _Weights) -> Tensor:
         """All sums over this rank's pixels, float64 (2, 6 + 3 C): what `_from_sums` takes apart."""
