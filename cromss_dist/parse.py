@@ -4,8 +4,10 @@ Layer 1. jsonargparse does the work (types, YAML, dotted overrides, `--print_con
 here its errors become a ConfigError that names the nearest valid key.
 """
 
+import argparse
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -17,13 +19,18 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from cromss_dist.config import RunConfig
 from cromss_dist.errors import ConfigError
 
+CONFIG_FILE = "config.yaml"  # in the run's folder
+
 
 @dataclass(frozen=True)
 class ParsedRun:
     """What a launcher's command line says."""
 
     config: RunConfig
-    dry_run: bool
+    dry_run: bool = False
+    resume: Path | None = None  # absolute folder of the run that goes on; None starts a new one
+    fresh: bool = False  # whether its checkpoints are set aside
+    profile: bool = False  # whether a few steps are traced
 
 
 def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
@@ -41,20 +48,46 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
 def parse_run(argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = None) -> ParsedRun:
     """Parses a launcher's arguments; `argv` defaults to `sys.argv[1:]`.
 
+    With `--resume RUN_DIR` the run's own config takes the place of the defaults, wherever the flag stands.
+
     Raises:
-        ConfigError: unknown key, wrong type or value, unreadable YAML.
+        ConfigError: unknown key, wrong type or value, unreadable YAML, a folder to go on in that is not a run's.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    resume = _run_to_resume(arguments)
     parser = _parser(prog, description)
     parser.add_argument(
         "--config", action="config", help="YAML that states differences from the defaults; may be given more than once."
     )
     parser.add_argument("--dry-run", action="store_true", help="Print config, batch arithmetic and parameter counts, and exit.")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="Goes on with a run, from its newest checkpoint and with its config.")
+    parser.add_argument("--fresh", action="store_true", help="With --resume: sets the checkpoints aside and starts over.")
+    parser.add_argument("--profile", action="store_true", help="Writes a trace of a few steps into the run's folder.")
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
-        namespace = parser.parse_args(None if argv is None else list(argv))
-        return ParsedRun(_run_config(parser, namespace), bool(namespace.dry_run))
+        namespace = parser.parse_args([*([f"--config={resume / CONFIG_FILE}"] if resume else []), *arguments])
+        config = _run_config(parser, namespace)
     except (ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(_explain(str(error))) from error
+    if namespace.fresh and not resume:
+        raise ConfigError("--fresh=true is allowed only with --resume RUN_DIR; a new run has no checkpoints, so leave it out.")
+    return ParsedRun(config, bool(namespace.dry_run), resume, bool(namespace.fresh), bool(namespace.profile))
+
+
+def _run_to_resume(arguments: list[str]) -> Path | None:
+    """The folder after `--resume`, found ahead of the rest since its config comes before every other."""
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    ahead.add_argument("--resume")
+    try:
+        found = ahead.parse_known_args(arguments)[0].resume
+    except argparse.ArgumentError as error:
+        raise ConfigError("--resume needs the folder of a run: --resume runs/pretrain-20260101-120000.") from error
+    if found is None:
+        return None
+    folder = Path(found).expanduser().absolute()
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"--resume={found} is no folder of a run: it has no {CONFIG_FILE}. Give one that a run was started in.")
+    return folder
 
 
 def write_yaml(config: RunConfig, path: Path) -> None:

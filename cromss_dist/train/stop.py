@@ -1,0 +1,61 @@
+"""A wish that a run stops: a signal to its process, or a file in its folder.
+
+Layer 3. Ranks see the wish at different times, so the loop sums it over ranks before any of them acts on it.
+"""
+
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+STOP_FILE = "stop"
+LOOK_S = 1.0  # the folder may be on a network: a step must not wait for it
+
+
+class StopRequest:
+    """Notices SIGTERM, SIGUSR1 and the file `stop` in a run's folder while its block runs.
+
+    Python hands signals to the main thread only, and Ray Train runs a rank in another one; there the file alone counts,
+    which the launcher writes. A second signal changes nothing: the run is saving itself already.
+
+    Args:
+        run_dir: Folder of the run, seen by this rank.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / STOP_FILE
+        self._wanted = False
+        self._next_look_s = 0.0  # of the monotonic clock
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this rank has seen a wish to stop; looks for the file at most once a second."""
+        if not self._wanted and time.monotonic() >= self._next_look_s:
+            self._next_look_s = time.monotonic() + LOOK_S
+            self._wanted = self._file.exists()
+        return self._wanted
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._wanted = True
+
+
+def request_stop(run_dir: Path) -> None:
+    """Asks the ranks of a run to save and to stop."""
+    (run_dir / STOP_FILE).touch()
+
+
+def forget_stop(run_dir: Path) -> None:
+    """Takes back what stopped a run, before it goes on."""
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
