@@ -73,6 +73,11 @@ class HangWatch:
         if path.stat().st_size == 0:
             path.unlink()
 
+    @property
+    def watcher_pid(self) -> int:
+        """Process id of the watcher."""
+        return self._watcher.pid
+
     def beat(self, place: str) -> None:
         """A sign of life.
 
