@@ -96,23 +96,23 @@ class Pretraining:
         """
         train, timeline = self.config.train, self.timeline
         first = last = self.validate(0, record)
-        meter = Meter()
+        meter = Meter(self.world.device, timeline.global_batch)
         with self._train_loader() as batches:
             for step in range(1, timeline.total_steps + 1):
                 samples = (step - 1) * timeline.global_batch
                 self.engine.lr = train.lr * lr_factor(train, timeline, samples) * self.plateau.factor
                 for _ in range(self.plan.accumulation_steps):
-                    meter.waits()
-                    batch = next(batches)
-                    meter.works()
-                    self._micro_step(batch, timeline.epochs(samples), meter)
+                    with meter.phase("data"):
+                        batch = next(batches)
+                    grad_norm = self._micro_step(batch, timeline.epochs(samples), meter)
+                meter.step_done(None if grad_norm is None else float(grad_norm))
                 samples += timeline.global_batch
                 if step % train.log_every_steps == 0 or step == timeline.total_steps:
                     self._log(meter, step, samples, len(batches.replaced), record)
                 if timeline.validates_after(step):
-                    last = self.validate(step, record)
+                    with meter.phase("validation"):
+                        last = self.validate(step, record)
                     self.plateau.update(last.losses["total"])
-                    meter.restart()
         return first, last
 
     def _train_loader(self) -> TrainLoader:
@@ -139,12 +139,16 @@ class Pretraining:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def _micro_step(self, batch: Batch, progress_epochs: float, meter: Meter) -> None:
+    def _micro_step(self, batch: Batch, progress_epochs: float, meter: Meter) -> Tensor | float | None:
         example = self._example(batch)
-        logits = self.engine.forward(example.s1, example.s2)
-        out = self.loss(*logits, example.label, example.prior, progress_epochs, example.weights)
-        result = self.engine.backward(out.total)
-        meter.add({"total": out.total.detach(), **out.parts}, result.grad_norm)
+        with meter.phase("forward"):
+            logits = self.engine.forward(example.s1, example.s2)
+        with meter.phase("loss"):
+            out = self.loss(*logits, example.label, example.prior, progress_epochs, example.weights)
+        with meter.phase("backward"):
+            result = self.engine.backward(out.total)
+        meter.add(out)
+        return result.grad_norm
 
     def _example(self, batch: Batch) -> Example:
         data, loss = self.config.data, self.config.loss
@@ -153,15 +157,12 @@ class Pretraining:
         return prepare(batch, geometry, data.s1_bands, data.s2_bands, loss.prior, self.world.device)
 
     def _log(self, meter: Meter, step: int, samples: int, num_replaced: int, record: Record | None) -> None:
-        values = meter.read(self.world, self.plan.micro_batch)
-        if self.config.data.reading.on_corrupt == "replace":
-            replaced = torch.tensor([num_replaced], dtype=torch.float64, device=self.world.device)
-            values["data/replaced_samples"] = float(self.world.reduce_sum(replaced))
+        replaces = self.config.data.reading.on_corrupt == "replace"
+        values = meter.read(
+            self.world, self.engine.lr, self.timeline.epochs(samples), num_replaced=num_replaced if replaces else None
+        )
         _require_finite("training", values["train/loss/total"], step)
         self.samples_per_s = values["perf/samples_per_s"]
-        values["train/lr"] = self.engine.lr
-        values["train/epoch"] = self.timeline.epochs(samples)
-        meter.restart()
         if record:
             record.metrics(values, step, samples)
 
