@@ -5,6 +5,7 @@ Layer 3.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ class Timeline:
     global_batch: int
     total_steps: int
     validate_every_steps: int
+    save_every_steps: int
 
     @classmethod
     def of(cls, config: RunConfig, epoch_samples: int) -> "Timeline":
@@ -31,12 +33,17 @@ class Timeline:
         def steps(epochs: float) -> int:
             return max(1, round(epochs * epoch_samples / batch))
 
-        return cls(epoch_samples, batch, steps(config.train.epochs), steps(config.train.validate_every_epochs))
+        lengths = (config.train.epochs, config.train.validate_every_epochs, config.checkpoint.every_epochs)
+        return cls(epoch_samples, batch, *map(steps, lengths))
 
     def validates_after(self, step: int) -> bool:
-        """Whether a validation follows step 1 .. total_steps: at each interval and at the end, but not twice in a row there."""
+        """Whether a validation follows `step` steps: none, each interval and the end, but not twice in a row there."""
         left = self.total_steps - step
-        return left == 0 or (step % self.validate_every_steps == 0 and left >= self.validate_every_steps / 2)
+        return step == 0 or left == 0 or (step % self.validate_every_steps == 0 and left >= self.validate_every_steps / 2)
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint follows `step` steps: each interval and the end."""
+        return step == self.total_steps or step % self.save_every_steps == 0
 
     @property
     def total_samples(self) -> int:
@@ -86,6 +93,22 @@ class Plateau:
         """Takes the loss of one validation."""
         if self._in_use:
             self._rule.step(validation_loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later factors depend on; JSON types, exact."""
+        best = float(self._rule.best)
+        return {
+            "factor": self.factor,
+            "best": best if math.isfinite(best) else None,  # none before the first validation
+            "num_bad": self._rule.num_bad_epochs,
+            "num_validations": self._rule.last_epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with what `state_dict` gave."""
+        self._factor.param_groups[0]["lr"] = state["factor"]
+        self._rule.best = math.inf if state["best"] is None else state["best"]
+        self._rule.num_bad_epochs, self._rule.last_epoch = state["num_bad"], state["num_validations"]
 
     @property
     def factor(self) -> float:

@@ -1,11 +1,12 @@
 """Time and learning rate."""
 
 import itertools
+import json
 import math
 
 import pytest
 
-from cromss_dist.config import EngineConfig, RunConfig, TrainConfig
+from cromss_dist.config import CheckpointConfig, EngineConfig, RunConfig, TrainConfig
 from cromss_dist.train.schedule import Plateau, Timeline, lr_factor
 
 
@@ -71,3 +72,33 @@ def test_a_cosine_does_not_heed_the_validation_loss() -> None:
 def test_plateau_schedule_leaves_the_factor_at_one_after_the_warmup() -> None:
     train = TrainConfig(epochs=10, schedule="plateau", warmup_epochs=1)
     assert {lr_factor(train, timeline(epochs=10.0), samples) for samples in range(100, 1000, 8)} == {1.0}
+
+
+def test_checkpoints_follow_each_interval_of_samples_and_the_end() -> None:
+    for batch in (4, 8):
+        config = RunConfig(
+            train=TrainConfig(epochs=2.5), checkpoint=CheckpointConfig(every_epochs=1), engine=EngineConfig(global_batch=batch)
+        )
+        time = Timeline.of(config, epoch_samples=80)
+        saved = [step * batch for step in range(1, time.total_steps + 1) if time.saves_after(step)]
+        assert saved == [80, 160, 200]
+
+
+@pytest.mark.parametrize("cut", range(13))
+def test_a_plateau_goes_on_from_json_as_if_it_had_not_been_cut(cut: int) -> None:
+    train = TrainConfig(plateau_patience=1, plateau_factor=0.5, lr=1.0, min_lr=0.2)
+    losses = [3.0, 2.0, 2.5, 2.0, 2.0, 1.0, 1.5, 0.9, 0.9, 0.9, 0.9, 0.9]
+    whole, first, second = (Plateau(train) for _ in range(3))
+    factors = []
+    for loss in losses:
+        whole.update(loss)
+        factors.append(whole.factor)
+    for loss in losses[:cut]:
+        first.update(loss)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    assert second.factor == first.factor
+    seen = []
+    for loss in losses[cut:]:
+        second.update(loss)
+        seen.append(second.factor)
+    assert seen == factors[cut:]
