@@ -32,11 +32,12 @@ def soft_label(label: Tensor, prior: Tensor | None, num_classes: int, prior_weig
 
     Reference: CromSS, section III-B.
     """
-    onehot = label[:, None] == torch.arange(num_classes, device=label.device)[:, None, None]
+    B, H, W = label.shape
     if prior is None:
-        return onehot.float()
-    target = prior.float() * prior_weight + uniform_weight / num_classes
-    return target.add_(onehot, alpha=1 - prior_weight - uniform_weight)
+        return torch.zeros(B, num_classes, H, W, device=label.device).scatter_(1, label[:, None], 1.0)
+    target = (prior.float() * prior_weight).add_(uniform_weight / num_classes)
+    hard = target.new_full((), 1 - prior_weight - uniform_weight)
+    return target.scatter_add_(1, label[:, None], hard.expand(B, 1, H, W))
 
 
 def cross_entropy_sum(log_probs: Tensor, weighted_target: Tensor) -> Tensor:

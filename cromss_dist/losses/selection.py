@@ -81,7 +81,8 @@ def class_thresholds(confidence: Tensor, classes: Tensor, num_classes: int, rati
         chosen = (at_or_above >= rank[:, None]).sum(1, keepdim=True) - 1  # the digit that the k-th largest has
         rank = rank - (at_or_above - counts).gather(1, chosen)[:, 0]
         prefix = (prefix << width) | chosen[:, 0]
-        group = torch.where(digit == torch.cat((chosen[:, 0], chosen.new_zeros(1)))[group], group, num_groups)
+        chosen_digit = torch.cat((chosen[:, 0], chosen.new_zeros(1))).take(group)
+        group = torch.where(digit == chosen_digit, group, num_groups)
     threshold = torch.where(keep > 0, prefix.int().view(torch.float32), torch.inf)
     return threshold.view(M, num_classes)
 
@@ -111,7 +112,7 @@ def selection_weights(confidence: Tensor, classes: Tensor, num_classes: int, rat
     flat = confidence.flatten(1)
     threshold = class_thresholds(flat, classes.flatten(), num_classes, ratio, reduce_sum)
     # k = 0 and pixels that do not count have theta = inf, so weight 0; theta = 0 gives 1, as nothing is below it.
-    per_pixel = torch.cat((threshold, threshold.new_full((len(flat), 1), torch.inf)), 1)[:, classes.flatten()]
+    per_pixel = torch.cat((threshold, threshold.new_full((len(flat), 1), torch.inf)), 1).index_select(1, classes.flatten())
     return torch.where(flat >= per_pixel, 1.0, flat / per_pixel).view_as(confidence)
 
 
