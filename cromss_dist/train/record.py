@@ -6,7 +6,7 @@ over a shared folder) can follow the run without talking to it.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +28,9 @@ class Record:
     def __init__(self, run_dir: Path, tracker: RunTracker) -> None:
         self.tracker = tracker
         self._run_dir = run_dir
-        self._file = (run_dir / EVENTS_FILE).open("a", buffering=1)
+        path = run_dir / EVENTS_FILE
+        _cut_unfinished_line(path)
+        self._file = path.open("a", buffering=1)
 
     def event(self, kind: str, **values: Any) -> None:
         """Appends one event."""
@@ -52,6 +54,26 @@ class Record:
         self.tracker.log_figure(figure, path)
         self.event("picture", path=str(place))
 
+    def checkpoint(self, step: int, folder: str, seconds: float) -> None:
+        """The checkpoint of a step was committed, `seconds` after saving began."""
+        self.event("checkpoint", step=step, folder=folder, seconds=seconds)
+
+    def bad_step(self, step: int, reason: str, bundle: str | None) -> None:
+        """A step whose loss or gradient is not finite was skipped; `bundle` is the folder for a replay, if one was kept."""
+        self.event("bad_step", step=step, reason=reason, bundle=bundle)
+
+    def spike(self, step: int, reason: str, skipped: bool, bundle: str | None) -> None:
+        """The loss of a step jumped; the step was taken unless `skipped`."""
+        self.event("spike", step=step, reason=reason, skipped=skipped, bundle=bundle)
+
+    def resumed(self, step: int, samples: int, folder: str, differences: Sequence[str]) -> None:
+        """The run goes on after a step; `differences` are what is not as in the run that was saved, each a phrase."""
+        self.event("resumed", step=step, samples=samples, folder=folder, differences=list(differences))
+
+    def stopping(self, step: int, reason: str) -> None:
+        """The run was asked to stop; it saves itself after this step and ends."""
+        self.event("stopping", step=step, reason=reason)
+
     def close(self) -> None:
         """Closes the file of events; the tracker is its owner's to close."""
         self._file.close()
@@ -61,3 +83,11 @@ def append_event(file: IO[str], kind: str, **values: Any) -> None:
     """Writes one JSON line with the time."""
     file.write(json.dumps({"event": kind, "time": time.time(), **values}) + "\n")
     file.flush()
+
+
+def _cut_unfinished_line(path: Path) -> None:
+    """Drops what a killed process left of a line, which the next event would become a part of."""
+    if path.exists():
+        with path.open("r+b") as file:
+            data = file.read()
+            file.truncate(data.rfind(b"\n") + 1)
