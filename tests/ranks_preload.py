@@ -3,6 +3,6 @@
 import torch
 
 import cromss_dist.pretrain  # noqa: F401
-from cromss_dist.train.engine import _import_deepspeed
+from cromss_dist.train.engine import import_deepspeed
 
-_import_deepspeed(torch.device("cpu"))
+import_deepspeed(torch.device("cpu"))

@@ -1,12 +1,16 @@
-"""The training step, computed by DeepSpeed. The only file that imports it.
+"""The training step: DeepSpeed reduces gradients and partitions what ZeRO partitions. The only file that imports it.
 
-Layer 3. Its dictionary is generated from `EngineConfig`; nobody writes one by hand. Mixed precision is torch's
-autocast for both bf16 and fp16 (fp32 master weights and batch norms, dynamic loss scaling for fp16): DeepSpeed's own
-`bf16` block casts parameters but not the buffers of batch norms, which then fail.
+Layer 3. Everything else is done here and in `GuardedAdam`, the same at every ZeRO stage: mixed precision is torch's autocast
+around the networks, so that DeepSpeed sees a float32 model and reduces float32 gradients; the scale of an fp16 loss,
+clipping, and leaving a step out happen in the optimiser that DeepSpeed calls. Checkpoints are tensors by name, which know
+neither stages nor ranks.
 """
 
 import logging
 import os
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,110 +18,160 @@ import torch
 from torch import Tensor, nn
 
 from cromss_dist.config import BatchPlan, EngineConfig, TrainConfig
-from cromss_dist.errors import ConfigError
+from cromss_dist.errors import CheckpointError
+from cromss_dist.models.batch_norm import frozen_statistics, globalise_batch_norms
+from cromss_dist.models.recompute import recompute_activations
+from cromss_dist.train.memory import FREE_SHARE, free_bytes, saved_bytes
+from cromss_dist.train.optimizer import MOMENTS, GuardedAdam, LossScale
 from cromss_dist.world import World
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WEIGHTS, _BUFFERS = "weights", "buffers"
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one backward pass left behind."""
+    """What became of one optimiser step; the same on every rank."""
 
-    stepped: bool  # whether the optimiser moved: at the end of an accumulation
-    grad_norm: Tensor | float | None  # global norm before clipping, where the engine computes it; not yet synced
-
-
-def resolve_precision(engine: EngineConfig, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
-    """The arithmetic of a run on a device; says what 'auto' means there.
-
-    Raises:
-        ConfigError: fp16 on a CPU, or with a ZeRO stage: DeepSpeed 0.19.8 skips a step whose gradient overflows without
-            lowering the scale, so every later step is skipped, too, and clips and reports scaled gradients.
-    """
-    precision = engine.precision
-    if precision == "auto":
-        if device.type == "cpu":
-            return "fp32"
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("engine.precision='fp16' is not supported on a CPU; set engine.precision to auto, fp32 or bf16.")
-    if precision == "fp16" and engine.zero_stage > 0:
-        raise ConfigError(
-            f"engine.precision='fp16' does not work with engine.zero_stage={engine.zero_stage}, where the loss scale is never "
-            "lowered; set engine.zero_stage to 0, or engine.precision to bf16 or fp32."
-        )
-    return precision
+    applied: bool  # whether the weights moved
+    grad_norm: float  # of all weights, before clipping; inf or nan where it is not finite
+    overflow: bool  # left out because an fp16 loss was scaled too high, which the next one is less
 
 
-def deepspeed_config(engine: EngineConfig, plan: BatchPlan, precision: Literal["fp32", "bf16", "fp16"]) -> dict[str, Any]:
+def resolve_precision(engine: EngineConfig, device: torch.device) -> Precision:
+    """The arithmetic of a run on a device; says what 'auto' means there. fp16 runs on a CPU, too, slowly."""
+    if engine.precision != "auto":
+        return engine.precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def deepspeed_config(engine: EngineConfig, plan: BatchPlan) -> dict[str, Any]:
     """DeepSpeed's dictionary for our config."""
-    config: dict[str, Any] = {
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage in (1, 2):
+        zero["compute_grad_norm"] = False  # GuardedAdam does
+    if engine.zero_stage == 3:
+        zero["sub_group_size"] = 10**15  # so that Adam is called once, with the whole partition
+    return {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation_steps,
-        "gradient_clipping": engine.grad_clip,
-        "zero_optimization": {"stage": engine.zero_stage},
+        "managed_gradient_accumulation": False,  # a step ends where we say
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's Adam, which needs no compiler at run time
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    if precision != "fp32":
-        config["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]}
-    return config
+
+
+class _Autocast(nn.Module):
+    """The networks in the arithmetic of the run; DeepSpeed would switch off an autocast around itself."""
+
+    def __init__(self, model: nn.Module, device: torch.device, precision: Precision) -> None:
+        super().__init__()
+        self.model, self._device_type, self._precision = model, device.type, precision
+
+    def forward(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self._device_type, _DTYPES[self._precision], enabled=self._precision != "fp32"):
+            logits: tuple[Tensor, Tensor] = self.model(s1, s2)
+            return logits
 
 
 class Engine:
     """A model, its Adam and DeepSpeed around them, on this rank's device.
 
     Args:
-        model: Weights must be equal on all ranks (seed before building); DeepSpeed broadcasts rank 0's in any case.
+        model: Weights must be equal on all ranks (seed before building); DeepSpeed broadcasts rank 0's in any case. It is
+            changed in place, without changing names: batch norms, recomputation, compilation.
         engine: How a step is computed.
         train: Learning rate and weight decay.
         plan: Batch arithmetic.
         world: This process among the others.
 
     Raises:
-        ConfigError: see `resolve_precision`.
+        ConfigError: batch norms that cannot be made global.
     """
 
     def __init__(self, model: nn.Module, engine: EngineConfig, train: TrainConfig, plan: BatchPlan, world: World) -> None:
         self.precision = resolve_precision(engine, world.device)
         # Of the images alone, and so of all activations; DeepSpeed views weights as flat bytes, so they stay contiguous.
-        self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
-        self._world = world
-        self._zero_stage = engine.zero_stage
-        deepspeed = _import_deepspeed(world.device)
+        self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format  # 'auto' is true
+        self._config, self._world, self._model = engine, world, model
+        self._scale = LossScale(dynamic=self.precision == "fp16")
+        if engine.batch_norm == "global":
+            globalise_batch_norms(model, world.reduce_sum, world.size)
+        if engine.activation_checkpointing is True:
+            recompute_activations(model)
+        self._must_measure = engine.activation_checkpointing == "auto" and world.device.type == "cuda"
+        model.to(world.device)
+        if engine.compile is True:
+            model.compile()
+        self._parameters = dict(model.named_parameters())
+        self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}  # ZeRO-3 empties them
+        self.optimizer = GuardedAdam(
+            self._parameters.values(),
+            lr=train.lr,
+            weight_decay=train.weight_decay,
+            fused=engine.fused_optimizer is not False,
+            grad_clip=engine.grad_clip,
+            reduce_sum=world.reduce_sum if engine.zero_stage > 0 else None,
+        )
+        deepspeed = import_deepspeed(world.device)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
         self._engine, *_ = deepspeed.initialize(
-            model=model.to(world.device), optimizer=self.optimizer, config=deepspeed_config(engine, plan, self.precision)
+            model=_Autocast(model, world.device, self.precision),
+            optimizer=self.optimizer,
+            config=deepspeed_config(engine, plan),
         )
+        self._create_moments()
 
     def forward(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of both branches for float32 images (B, bands, h, w) in [0, 1]; dtype is that of the arithmetic."""
         s1 = s1.contiguous(memory_format=self.memory_format)
         s2 = s2.contiguous(memory_format=self.memory_format)
+        if self._must_measure and self._model.training:
+            self._must_measure = False
+            self._recompute_if_needed(s1, s2)
         logits: tuple[Tensor, Tensor] = self._engine(s1, s2)
         return logits
 
-    def backward(self, loss: Tensor) -> StepResult:
-        """Adds up the gradient of a micro batch; at the last one of an accumulation, moves the optimiser."""
-        self._engine.backward(loss)
-        stepped = bool(self._engine.is_gradient_accumulation_boundary())
+    def backward(self, loss: Tensor) -> None:
+        """Adds up the gradient of a micro batch; a step's is the mean over its micro batches and the ranks."""
+        self._engine.backward(loss * self._scale.value if self._scale.dynamic else loss)
+
+    def step(self, veto: bool = False) -> StepResult:
+        """Ends an optimiser step: moves the weights by the gradient added up, if it is finite, and forgets it.
+
+        Args:
+            veto: Whether to leave the step out in any case; the same on all ranks.
+        """
+        self.optimizer.prepare(self._scale.value, veto)
         self._engine.step()
-        return StepResult(stepped, self._engine.get_global_grad_norm() if stepped else None)
+        moved, could_fall = self.optimizer.moved, self._scale.can_fall
+        if not veto:
+            self._scale.update(finite=moved)
+        return StepResult(moved, self.optimizer.grad_norm, overflow=not (moved or veto) and could_fall)
+
+    def frozen_statistics(self) -> AbstractContextManager[None]:
+        """Inside, a forward pass leaves the running statistics of batch norms alone."""
+        return frozen_statistics(self._model)
 
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode of the networks."""
         self._engine.train(mode)
 
     def average_running_statistics(self) -> None:
-        """Makes the running means and variances of batch norms the same on all ranks: their averages; a collective call.
+        """Makes the running statistics of local batch norms the same on all ranks: their averages; a collective call.
 
-        Each rank normalises by its own micro batch, so each has seen other pixels. Without this, the ranks would
-        validate different networks and rank 0's would be saved. Training steps do not use these numbers.
+        Each rank normalises by its own micro batch, so each has seen other pixels. Without this, the ranks would validate
+        different networks. Training steps do not use these numbers. Global batch norms agree already.
         """
-        buffers = [buffer for buffer in self._engine.module.buffers() if buffer.is_floating_point()]
-        if not buffers:
+        buffers = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
+        if not buffers or self._config.batch_norm == "global":
             return
         flat = torch.cat([buffer.flatten() for buffer in buffers])
         mean = self._world.reduce_sum(flat) / self._world.size
@@ -135,26 +189,161 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = value
 
+    @property
+    def loss_scale(self) -> float:
+        """What an fp16 loss is multiplied by; 1 in other arithmetics."""
+        return self._scale.value
+
     def state_dict(self) -> dict[str, Tensor]:
         """Weights and buffers on the CPU, whole on every rank (ZeRO-3 gathers); a collective call."""
-        module: nn.Module = self._engine.module
-        if self._zero_stage == 3:
-            import deepspeed
+        with self._gathered(self._parameters.values()):
+            state = self._model.state_dict()
+            return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
 
-            with deepspeed.zero.GatheredParameters(list(module.parameters())):
-                return _on_cpu(module)
-        return _on_cpu(module)
+    def state(self) -> dict[str, Any]:
+        """What of a checkpoint are no tensors: optimiser steps that moved, and the scale of an fp16 loss; JSON."""
+        return {"steps": self.optimizer.steps, "loss_scale": self._scale.value, "good_steps": self._scale.good_steps}
+
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, Tensor]:
+        """This rank's share of the master state, copied to the CPU; a collective call.
+
+        The shares of all ranks are disjoint, about equally large, and together complete. `batch_norm='local'` averages
+        running statistics over ranks first, see `average_running_statistics`.
+
+        Returns:
+            `weights/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>`, float32, and `buffers/<name>` in their own type.
+        """
+        self.average_running_statistics()
+        owners, share = self._owners(), {}
+
+        def take(key: str, value: Tensor) -> None:
+            if owners[key] == self._world.rank:
+                share[key] = value.detach().to("cpu", copy=True).contiguous()
+
+        for name, parameter in self._parameters.items():
+            for kind in (_WEIGHTS, *MOMENTS):
+                take(f"{kind}/{name}", self._full(parameter, kind))
+        for name, buffer in self._model.named_buffers():
+            take(f"{_BUFFERS}/{name}", buffer)
+        return share
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Takes over a master state, whatever ZeRO stage and number of ranks it is of; a collective call.
+
+        Args:
+            tensors: All shares of a `snapshot`, on every rank.
+            state: Its `state`.
+
+        Raises:
+            CheckpointError: names are missing, unknown or of another shape or type; nothing has been changed.
+        """
+        self._check(tensors, state)
+        for name, parameter in self._parameters.items():
+            for kind in (_WEIGHTS, *MOMENTS):
+                self._set_full(parameter, kind, tensors[f"{kind}/{name}"].to(self._world.device))
+        for name, buffer in self._model.named_buffers():
+            buffer.copy_(tensors[f"{_BUFFERS}/{name}"])
+        self.optimizer.set_steps(state["steps"])
+        if self._scale.dynamic:
+            self._scale.value, self._scale.good_steps = state["loss_scale"], state["good_steps"]
 
     def close(self) -> None:
         """Frees what DeepSpeed holds."""
         self._engine.destroy()
 
+    def _recompute_if_needed(self, s1: Tensor, s2: Tensor) -> None:
+        """Has activations computed again instead of kept if they would not fit on any of the ranks."""
+        with self.frozen_statistics():
+            wanted = saved_bytes(self._engine, s1, s2)
+        too_many = torch.tensor([float(wanted > FREE_SHARE * free_bytes(self._world.device))], device=self._world.device)
+        if self._world.reduce_sum(too_many).item() > 0:
+            recompute_activations(self._model)
 
-def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in module.state_dict().items()}
+    def _create_moments(self) -> None:
+        """Makes Adam's moments before the first step, so that they can be saved and restored at any time."""
+        match self._config.zero_stage:
+            case 0:
+                self.optimizer.create_state(self._parameters.values())
+            case 3:
+                self.optimizer.create_state(self._engine.optimizer.fp32_partitioned_groups_flat)
+            case _:
+                self.optimizer.create_state(self._engine.optimizer.single_partition_of_fp32_groups)
+                self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # else only the first step would link them
+
+    def _full(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """A weight or one of its moments, whole on every rank; a collective call where it is partitioned."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if kind == _WEIGHTS:
+            # Stages 1 and 2 partition only what the optimiser has of it, and the model is as exact.
+            return safe_get_full_fp32_param(parameter) if self._config.zero_stage == 3 else parameter
+        if self._config.zero_stage == 0:
+            return self.optimizer.state[parameter][kind]  # type: ignore[no-any-return]
+        return safe_get_full_optimizer_state(parameter, kind)  # type: ignore[no-any-return]
+
+    def _set_full(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if kind == _WEIGHTS:
+            with self._gathered([parameter], modifier_rank=0):
+                parameter.copy_(value)
+            safe_set_full_fp32_param(parameter, value)  # the optimiser's part, which stage 0 does not have
+        elif self._config.zero_stage == 0:
+            self.optimizer.state[parameter][kind].copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _gathered(self, parameters: Any, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+        """In which weights are whole; what `modifier_rank` writes then is everyone's."""
+        import deepspeed
+
+        enabled = self._config.zero_stage == 3
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+            list(parameters), modifier_rank=modifier_rank, enabled=enabled
+        )
+        return gathered
+
+    def _layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and type of every tensor of the master state, in one order on all ranks."""
+        layout = {
+            f"{kind}/{name}": (shape, torch.float32) for name, shape in self._shapes.items() for kind in (_WEIGHTS, *MOMENTS)
+        }
+        return layout | {f"{_BUFFERS}/{name}": (buffer.shape, buffer.dtype) for name, buffer in self._model.named_buffers()}
+
+    def _owners(self) -> dict[str, int]:
+        """The rank that saves each tensor: the largest first, each to whoever has least."""
+        sizes = {key: shape.numel() * dtype.itemsize for key, (shape, dtype) in self._layout().items()}
+        owners, loads = {}, [0] * self._world.size
+        for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
+            owners[key] = loads.index(min(loads))
+            loads[owners[key]] += sizes[key]
+        return owners
+
+    def _check(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        layout, given = self._layout(), set(tensors)
+        found = {key: (tensors[key].shape, tensors[key].dtype) for key in layout.keys() & given}
+        problems = {
+            "missing": sorted(layout.keys() - given) + sorted(self.state().keys() - state.keys()),
+            "unknown": sorted(given - layout.keys()),
+            "of another shape or type": sorted(
+                f"{key} {tuple(shape)} {dtype}" for key, (shape, dtype) in found.items() if (shape, dtype) != layout[key]
+            ),
+        }
+        told = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            for what, names in problems.items()
+            if names
+        ]
+        if told:
+            raise CheckpointError(
+                f"The checkpoint does not fit the networks: {'; '.join(told)}. Resume with the model.* and data bands it was "
+                "written with, or start over with --fresh."
+            )
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     """Imports DeepSpeed, quietly and without its compiler.
 
     On a CPU, `init_distributed` would spend minutes compiling a shared-memory op that only inference uses; an empty
@@ -166,6 +355,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
     import deepspeed.ops
 
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # what its ZeRO calls, each step
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its import sets another level
     if device.type == "cpu":
         deepspeed.ops.__dict__["__compatible_ops__"] = {}

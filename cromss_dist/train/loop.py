@@ -104,8 +104,10 @@ class Pretraining:
                 for _ in range(self.plan.accumulation_steps):
                     with meter.phase("data"):
                         batch = next(batches)
-                    grad_norm = self._micro_step(batch, timeline.epochs(samples), meter)
-                meter.step_done(None if grad_norm is None else float(grad_norm))
+                    self._micro_step(batch, timeline.epochs(samples), meter)
+                with meter.phase("optimizer"):
+                    result = self.engine.step()
+                meter.step_done(result.grad_norm, result.applied)
                 samples += timeline.global_batch
                 if step % train.log_every_steps == 0 or step == timeline.total_steps:
                     self._log(meter, step, samples, len(batches.replaced), record)
@@ -139,16 +141,15 @@ class Pretraining:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def _micro_step(self, batch: Batch, progress_epochs: float, meter: Meter) -> Tensor | float | None:
+    def _micro_step(self, batch: Batch, progress_epochs: float, meter: Meter) -> None:
         example = self._example(batch)
         with meter.phase("forward"):
             logits = self.engine.forward(example.s1, example.s2)
         with meter.phase("loss"):
             out = self.loss(*logits, example.label, example.prior, progress_epochs, example.weights)
         with meter.phase("backward"):
-            result = self.engine.backward(out.total)
+            self.engine.backward(out.total)
         meter.add(out)
-        return result.grad_norm
 
     def _example(self, batch: Batch) -> Example:
         data, loss = self.config.data, self.config.loss

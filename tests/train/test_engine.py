@@ -1,73 +1,35 @@
-"""DeepSpeed steps against plain torch.
+"""DeepSpeed steps of any ZeRO stage against plain torch, on real ranks."""
 
-Run as a script, this file is one rank of a gloo group: `test_engine.py FOLDER ZERO_STAGE ACCUMULATION PRECISION`.
-"""
-
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cromss_dist.config import BatchPlan, EngineConfig, LossConfig, TrainConfig, plan_batches
-from cromss_dist.errors import ConfigError
+from cromss_dist.config import EngineConfig, LossConfig, plan_batches
 from cromss_dist.losses import CromssLoss
-from cromss_dist.train.engine import Engine, deepspeed_config, resolve_precision
-from cromss_dist.world import World, join
+from cromss_dist.train.engine import deepspeed_config, resolve_precision
+from tests.ranks import run_ranks
+from tests.train import engine_programs as programs
+from tests.train.engine_programs import CLIP, STEPS, TRAIN, Normed, TwoHeads, batches, cross_entropy, rate
 
-STEPS, BATCH, CROP = 3, 8, 16
-TRAIN = TrainConfig(lr=1e-2, weight_decay=1e-3)
-CLIP = 0.5
-
-
-class TwoHeads(nn.Module):
-    """Two small branches without batch norm, so that nothing but loss and engine depends on the number of ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.s1 = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 9, 1))
-        self.s2 = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 9, 1))
-
-    def forward(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
-        return self.s1(s1), self.s2(s2)
+STAGES = [0, 1, 2, 3]
 
 
-class WithNorm(TwoHeads):
-    """The same and a batch norm beside it, which the forward pass does not use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3, affine=False)
+def run(program: Callable[..., None], world: int, folder: Path, *args: Any) -> list[dict[str, Tensor]]:
+    """What each rank wrote as rank-N.safetensors."""
+    assert run_ranks(program, world, folder, *args) == [0] * world
+    return [load_file(path) for path in sorted(folder.glob("rank-*.safetensors"))]
 
 
-def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.rand(BATCH, 2, CROP, CROP, generator=generator),
-            torch.rand(BATCH, 4, CROP, CROP, generator=generator),
-            torch.randint(0, 9, (BATCH, CROP, CROP), generator=generator),
-        )
-        for _ in range(STEPS)
-    ]
-
-
-def rate(step: int) -> float:
-    """The learning rate of a step; another one each time, as schedules have it."""
-    return TRAIN.lr / (1 + step)
-
-
-def plain_torch(accumulation: int = 1) -> tuple[dict[str, Tensor], list[float]]:
-    """The oracle: one process, the whole batch in `accumulation` parts, torch's own Adam."""
+def plain_torch(accumulation: int = 1) -> tuple[dict[str, Tensor], list[float], list[float]]:
+    """The oracle: one process, the whole batch in `accumulation` parts, torch's own Adam and clipping."""
     model, loss = TwoHeads(), CromssLoss(LossConfig(prior="none"))
     optimizer = torch.optim.Adam(model.parameters(), lr=TRAIN.lr, weight_decay=TRAIN.weight_decay)
-    losses = []
+    losses, norms = [], []
     for step, batch in enumerate(batches()):
         optimizer.param_groups[0]["lr"] = rate(step)
         optimizer.zero_grad()
@@ -76,138 +38,186 @@ def plain_torch(accumulation: int = 1) -> tuple[dict[str, Tensor], list[float]]:
             out = loss(logits_s1, logits_s2, label, None, progress=60.0)
             (out.total / accumulation).backward()  # type: ignore[no-untyped-call]
             losses.append(float(out.total.detach()))
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
-    return model.state_dict(), losses
+    return model.state_dict(), losses, norms
 
 
-def run_ranks(folder: Path, world: int, *arguments: str) -> dict[str, Tensor]:
-    processes = []
-    for rank in range(world):
-        environment = os.environ | {
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-        }
-        processes.append(subprocess.Popen([sys.executable, __file__, str(folder), *arguments], env=environment))
-    try:
-        assert [process.wait(240) for process in processes] == [0] * world
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return load_file(folder / "result.safetensors")
-
-
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_two_ranks_of_any_zero_stage_make_the_steps_of_plain_torch_on_the_whole_batch(zero_stage: int, tmp_path: Path) -> None:
-    check_steps(run_ranks(tmp_path, 2, str(zero_stage), "1", "fp32"), *plain_torch())
-
-
-def test_accumulation_steps_once_a_global_batch_by_the_mean_gradient(tmp_path: Path) -> None:
-    result = run_ranks(tmp_path, 1, "0", "2", "fp32")
-    assert result["stepped"].tolist() == [0, 1] * STEPS
-    check_steps(result, *plain_torch(accumulation=2))
-
-
-def check_steps(result: dict[str, Tensor], weights: dict[str, Tensor], losses: list[float]) -> None:
+def check_steps(result: dict[str, Tensor], weights: dict[str, Tensor], losses: list[float], norms: list[float]) -> None:
     torch.testing.assert_close(result["losses"], torch.tensor(losses), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result["norms"], torch.tensor(norms), rtol=1e-5, atol=1e-6)
     assert weights.keys() <= result.keys()
     for key, value in weights.items():
         # Adam divides by the size of a gradient, so rounding in a tiny one moves a weight by a share of lr = 1e-2.
         torch.testing.assert_close(result[key], value, rtol=0, atol=2e-5)
 
 
-def test_bf16_follows_fp32_and_keeps_fp32_weights(tmp_path: Path) -> None:
-    _, losses = plain_torch()
-    result = run_ranks(tmp_path, 1, "0", "1", "bf16")
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_two_ranks_of_any_zero_stage_make_the_steps_of_plain_torch_on_the_whole_batch(zero_stage: int, tmp_path: Path) -> None:
+    run(programs.cromss_steps, 2, tmp_path, zero_stage, 1, "fp32")
+    oracle = plain_torch()
+    assert max(oracle[2]) > CLIP, "the gradient is clipped"
+    check_steps(load_file(tmp_path / "result.safetensors"), *oracle)
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_accumulation_steps_once_a_global_batch_by_the_mean_gradient(zero_stage: int, tmp_path: Path) -> None:
+    run(programs.cromss_steps, 1, tmp_path, zero_stage, 2, "fp32")
+    check_steps(load_file(tmp_path / "result.safetensors"), *plain_torch(accumulation=2))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_fp32_and_keeps_fp32_weights(precision: str, tmp_path: Path) -> None:
+    _, losses, _ = plain_torch()
+    run(programs.cromss_steps, 1, tmp_path, 0, 1, precision)
+    result = load_file(tmp_path / "result.safetensors")
     torch.testing.assert_close(result["losses"], torch.tensor(losses), rtol=2e-2, atol=0)
     assert result["s1.0.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_a_nan_gradient_on_one_rank_and_a_veto_skip_exactly_their_steps_on_all_ranks(zero_stage: int, tmp_path: Path) -> None:
+    ranks = run(programs.steps_with_a_bad_gradient, 2, tmp_path, zero_stage)
+    for rank in ranks:
+        assert rank["applied"].tolist() == [True, False, False, True]
+        assert rank["finite"].tolist() == [True, False, True, True]
+        assert not rank["overflow"].any()
+        assert int(rank["steps"]) == 2
+    model = Normed()
+    optimizer = torch.optim.Adam(model.parameters(), lr=TRAIN.lr, weight_decay=TRAIN.weight_decay)
+    for step, (s1, s2, label) in enumerate(batches(4)):
+        optimizer.zero_grad()
+        cross_entropy(model(s1, s2), label).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        if step in (0, 3):
+            optimizer.step()
+        for rank in ranks:
+            torch.testing.assert_close(rank["weights"][step], weights_of(model), rtol=0, atol=2e-5)
+
+
+def weights_of(model: nn.Module) -> Tensor:
+    return torch.cat([value.double().flatten() for name, value in model.state_dict().items() if "1." in name])
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_the_scale_of_an_fp16_loss_falls_until_no_gradient_overflows_and_rises_again(zero_stage: int, tmp_path: Path) -> None:
+    one, other = run(programs.scaled_steps, 2, tmp_path, zero_stage)
+    assert one["finite"].all()
+    for key in ("scales", "applied", "overflow", "norms"):
+        assert torch.equal(one[key].nan_to_num(-1), other[key].nan_to_num(-1))
+    skipped = int((~one["applied"]).sum())
+    assert 1 <= skipped < 10
+    assert torch.equal(one["overflow"], ~one["applied"])
+    assert one["scales"].min() <= 2**16 / 2**skipped * 2, "each skipped step halves it"
+    assert one["scales"][-1] > one["scales"].min()
+    assert one["norms"][-1] < 10, "the norm is that of the loss, not of the scaled one"
+
+
+@pytest.mark.parametrize(("zero_stage", "world"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 2)])
+def test_a_snapshot_restored_at_the_same_size_goes_on_bit_by_bit(zero_stage: int, world: int, tmp_path: Path) -> None:
+    first, second = folders(tmp_path)
+    run(programs.shares, world, first, zero_stage)
+    run(programs.resumed, world, second, zero_stage, first)
+    assert_same(programs.load_shares(first), programs.load_shares(second))
+    assert_same(load_file(first / "weights.safetensors"), load_file(second / "weights.safetensors"))
+    for rank in range(world):
+        assert_same(load_file(first / f"losses-{rank}.safetensors"), load_file(second / f"losses-{rank}.safetensors"))
+
+
+@pytest.mark.parametrize(("of", "to"), [((0, 1), (3, 2)), ((3, 2), (1, 3)), ((1, 3), (2, 2)), ((2, 2), (0, 4))])
+def test_a_snapshot_is_the_same_at_every_zero_stage_and_number_of_ranks(
+    of: tuple[int, int], to: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = folders(tmp_path)
+    monkeypatch.setattr(programs, "BATCH", 12)
+    run(programs.shares, of[1], first, of[0])
+    run(programs.resumed, to[1], second, to[0], first)
+    saved, again = programs.load_shares(first), programs.load_shares(second)
+    assert {key.split("/")[0] for key in saved} == {"weights", "exp_avg", "exp_avg_sq", "buffers"}
+    assert saved.keys() == again.keys()
+    assert max(float((saved[key] - again[key]).abs().max()) for key in saved) == 0
+    mean = [
+        sum(load_file(path)["losses"] for path in folder.glob("losses-*")) / ranks
+        for folder, ranks in ((first, of[1]), (second, to[1]))
+    ]
+    torch.testing.assert_close(mean[0], mean[1], rtol=1e-5, atol=0)
+
+
+def test_shares_of_a_snapshot_weigh_about_the_same(tmp_path: Path) -> None:
+    run(programs.shares, 3, tmp_path, 0)
+    sizes = [sum(value.nbytes for value in load_file(tmp_path / f"share-{rank}.safetensors").values()) for rank in range(3)]
+    assert max(sizes) <= 1.2 * min(sizes)
+
+
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    return first, second
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def test_switches_do_not_show_in_the_loss(tmp_path: Path) -> None:
+    reference = losses_with(tmp_path, "reference", {"fused_optimizer": False, "channels_last": False})
+    for name, switches, tolerance in (
+        ("auto", {}, 1e-5),
+        ("recomputing", {"activation_checkpointing": True}, 1e-5),
+        ("recomputing-partitioned", {"activation_checkpointing": True, "zero_stage": 3}, 1e-5),
+        ("bf16", {"precision": "bf16"}, 2e-2),
+        ("fp16", {"precision": "fp16", "zero_stage": 2}, 2e-2),
+    ):
+        torch.testing.assert_close(losses_with(tmp_path, name, switches), reference, rtol=tolerance, atol=0, msg=name)
+
+
+def losses_with(folder: Path, name: str, switches: dict[str, Any]) -> Tensor:
+    run(programs.switched_steps, 2, folder, name, switches)
+    return torch.stack([load_file(folder / f"{name}-{rank}.safetensors")["losses"] for rank in range(2)])
+
+
+def test_local_batch_norms_differ_until_averaged_and_global_ones_never(tmp_path: Path) -> None:
+    first, second = folders(tmp_path)
+    local = run(programs.own_statistics, 2, first, "local")
+    own = torch.stack([rank["own"] for rank in local])
+    assert (own[0] - own[1]).abs().max() > 1e-4, "each rank saw other pixels"
+    for rank in local:
+        torch.testing.assert_close(rank["averaged"], own.mean(0))
+    one, other = run(programs.own_statistics, 2, second, "global")
+    assert torch.equal(one["own"], other["own"])
+    assert torch.equal(one["own"], one["averaged"])
+
+
+@pytest.mark.parametrize(("free", "recomputes"), [(1, True), (2**30, False)])
+def test_activations_are_computed_again_on_all_ranks_where_they_do_not_fit_on_one(
+    free: int, recomputes: bool, tmp_path: Path
+) -> None:
+    reference, measured = folders(tmp_path)
+    expected = losses_with(reference, "reference", {"zero_stage": 3})
+    ranks = run(programs.measured, 2, measured, free)
+    assert [bool(rank["recomputes"]) for rank in ranks] == [recomputes] * 2
+    assert [int(rank["seen"]) for rank in ranks] == [STEPS] * 2, "measuring moves no running statistics"
+    torch.testing.assert_close(torch.stack([rank["losses"] for rank in ranks]), expected, rtol=1e-6, atol=0)
+
+
 def test_the_dictionary_of_deepspeed_follows_the_config() -> None:
-    engine = EngineConfig(global_batch=64, accumulation_steps=2, zero_stage=1, grad_clip=0.5)
-    content = deepspeed_config(engine, plan_batches(engine, 4), "bf16")
+    engine = EngineConfig(global_batch=64, accumulation_steps=2, zero_stage=1, grad_clip=0.5, precision="fp16")
+    content = deepspeed_config(engine, plan_batches(engine, 4))
     assert content["train_batch_size"] == 64
     assert content["train_micro_batch_size_per_gpu"] == 8
     assert content["gradient_accumulation_steps"] == 2
-    assert content["zero_optimization"] == {"stage": 1}
-    assert content["gradient_clipping"] == 0.5
-    assert content["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    assert "torch_autocast" not in deepspeed_config(engine, plan_batches(engine, 4), "fp32")
+    assert content["zero_optimization"]["stage"] == 1
+    assert content["gradient_clipping"] == 0, "the optimiser clips"
+    assert not {"torch_autocast", "fp16", "bf16"} & content.keys(), "arithmetic is ours"
 
 
-def test_auto_precision_on_a_cpu_is_fp32_and_fp16_is_refused() -> None:
-    cpu = torch.device("cpu")
+def test_auto_precision_is_fp32_on_a_cpu_and_bf16_on_a_gpu_only_where_it_is_not_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert resolve_precision(EngineConfig(), cpu) == "fp32"
     assert resolve_precision(EngineConfig(precision="bf16"), cpu) == "bf16"
-    with pytest.raises(ConfigError, match=r"fp16.*not supported on a CPU"):
-        resolve_precision(EngineConfig(precision="fp16"), cpu)
-
-
-def test_auto_precision_on_a_gpu_is_bf16_only_where_it_is_not_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda", 0)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
     assert resolve_precision(EngineConfig(), gpu) == "bf16"
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert resolve_precision(EngineConfig(), gpu) == "fp16"
-    with pytest.raises(ConfigError, match=r"fp16.*engine.zero_stage=1.*set engine.zero_stage to 0"):
-        resolve_precision(EngineConfig(zero_stage=1), gpu)
-
-
-def test_running_statistics_are_the_same_on_all_ranks_after_averaging(tmp_path: Path) -> None:
-    result = run_ranks(tmp_path, 2, "0", "1", "fp32")
-    own, averaged = result["own_means"], result["averaged_means"]
-    assert (own[0] - own[1]).abs().min() > 0.05, "each rank saw other pixels"
-    torch.testing.assert_close(averaged, own.mean(0).expand(2, 3))
-
-
-def running_means(norm: nn.BatchNorm2d, world: World) -> Tensor:
-    """float32 (world, 3): every rank's running means."""
-    assert norm.running_mean is not None
-    gathered = [torch.empty(3) for _ in range(world.size)]
-    dist.all_gather(gathered, norm.running_mean)
-    return torch.stack(gathered)
-
-
-def main(folder: Path, zero_stage: int, accumulation: int, precision: str) -> None:
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    world = join("cpu")
-    config = EngineConfig(
-        global_batch=BATCH,
-        accumulation_steps=accumulation,
-        zero_stage=zero_stage,
-        grad_clip=CLIP,
-        precision=precision,  # type: ignore[arg-type]
-    )
-    plan: BatchPlan = plan_batches(config, world.size)
-    model = WithNorm()
-    engine = Engine(model, config, TRAIN, plan, world)
-    loss = CromssLoss(LossConfig(prior="none"), reduce_sum=world.reduce_sum, world_size=world.size)
-    losses, stepped = [], []
-    for step, batch in enumerate(batches()):
-        engine.lr = rate(step)
-        mine = [part.chunk(world.size)[world.rank] for part in batch]
-        for s1, s2, label in zip(*(part.chunk(accumulation) for part in mine), strict=True):
-            out = loss(*engine.forward(s1, s2), label, None, progress=60.0)
-            result = engine.backward(out.total)
-            losses.append(float(out.total.detach()))
-            stepped.append(int(result.stepped))
-    with torch.no_grad():
-        model.norm.train()(torch.rand(4, 3, 5, 5) + world.rank)
-    own = running_means(model.norm, world)
-    engine.average_running_statistics()
-    checks = {"own_means": own, "averaged_means": running_means(model.norm, world)}
-    weights = {key: value for key, value in engine.state_dict().items() if not key.startswith("norm.")}
-    if world.is_main:
-        checks |= {"losses": torch.tensor(losses), "stepped": torch.tensor(stepped)}
-        save_file(weights | checks, folder / "result.safetensors")
-    dist.barrier()
-    engine.close()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
