@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(takes_rest=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_pretrain(commands)
+    _add_replay(commands)
     _add_registry(commands)  # further commands go here, one `_add_<command>` each
     return parser
 
@@ -69,6 +70,30 @@ def _pretrain(options: argparse.Namespace) -> None:
         return
     console = Console()
     report(run_in_process(parsed.config, console), console)
+
+
+def _add_replay(commands: Any) -> None:
+    replay = commands.add_parser(
+        "replay",
+        help="compute a bad training step again, from its replay bundle",
+        description="Computes a training step again that was not finite, or whose loss was a spike, with the weights and samples "
+        "of its bundle, and says whether it goes wrong here, too, and where. Takes dotted config keys after BUNDLE.",
+        usage="cromss replay BUNDLE [--KEY VALUE ...]",
+        epilog="""examples:
+  cromss replay runs/pretrain-20260101-000000/replay/step-0000123
+  cromss replay step-0000123 --data.shards /data/shards --engine.device cpu --engine.precision fp32""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    replay.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder of the bundle: <run folder>/replay/step-<step>")
+    replay.set_defaults(run=_replay, takes_rest=True)
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from cromss_dist.replay import replay, report
+
+    report(options.bundle, *replay(options.bundle, options.rest), Console())
 
 
 def _add_registry(commands: Any) -> None:

@@ -21,6 +21,7 @@ LAYERS = {
     "cromss_dist.tracking": 2,
     "cromss_dist.train": 3,
     "cromss_dist.pretrain": 4,
+    "cromss_dist.replay": 4,
     "cromss_dist.encoders": 4,
     "cromss_dist.cli": 4,
     "launch": 5,

@@ -123,27 +123,31 @@ def read_bundle(folder: Path) -> tuple[Bundle, dict[str, Tensor]]:
     record = _read(folder / RECORD_FILE, _MAX_RECORD_BYTES)
     try:
         told = json.loads(record)
-        content: dict[str, Any] = told["content"]
-        intact = told["sha256"] == _digest(content)
-    except (ValueError, TypeError, KeyError) as error:
+        intact, files, bundle = told["sha256"] == _digest(told["content"]), told["content"]["files"], _parse(told["content"])
+        sums = {name: files[name] for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder / RECORD_FILE} is no record of a replay bundle: {error!r}. {_MEND}.") from None
     if not intact:
         raise CheckpointError(f"{folder / RECORD_FILE} was changed: its sha256 is not what it states. {_MEND}.")
+    found = {name: _read(folder / name) for name in sums}
+    for name, data in found.items():
+        if hashlib.sha256(data).hexdigest() != sums[name]:
+            raise CheckpointError(f"{folder / name} was changed: its sha256 is not what {RECORD_FILE} states. {_MEND}.")
+    return bundle, safetensors.torch.load(found[WEIGHTS_FILE])  # the bytes that were hashed, not the file again
+
+
+def _parse(content: dict[str, Any]) -> Bundle:
     if content["schema_version"] != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{folder} has schema version {content['schema_version']}, this code reads {SCHEMA_VERSION}; replay it with the code "
-            "that wrote it."
+            f"This replay bundle has schema version {content['schema_version']}, this code reads {SCHEMA_VERSION}; replay it "
+            "with the code that wrote it."
         )
-    found = {name: _read(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    for name, data in found.items():
-        if hashlib.sha256(data).hexdigest() != content["files"][name]:
-            raise CheckpointError(f"{folder / name} was changed: its sha256 is not what {RECORD_FILE} states. {_MEND}.")
     values = {field.name: content[field.name] for field in fields(Bundle)}
     values |= {name: None if values[name] is None else float(values[name]) for name in ("progress_epochs", "loss", "grad_norm")}
     values["plan"] = BatchPlan(**values["plan"])
     values["datasets"] = tuple(values["datasets"])
     values["samples"] = Samples(**{name: tuple(column) for name, column in values["samples"].items()})
-    return Bundle(**values), safetensors.torch.load(found[WEIGHTS_FILE])  # the bytes that were hashed, not the file again
+    return Bundle(**values)
 
 
 def _read(path: Path, limit: int | None = None) -> bytes:
