@@ -9,7 +9,7 @@ loss works on as many pixels at once; no activation of a network is alive then. 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import add
 from typing import Protocol
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from cromss_dist.losses import CromssLoss, LossOutput
 from cromss_dist.schema import Example
+from cromss_dist.train.meter import Phase
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Timer = Callable[[Phase], AbstractContextManager[None]]
 
 
 class Differentiates(Protocol):
@@ -34,7 +36,12 @@ class Differentiates(Protocol):
 
 
 def accumulated_step(
-    forward: Forward, micro_batches: Sequence[Example], loss: CromssLoss, progress: float, engine: Differentiates
+    forward: Forward,
+    micro_batches: Sequence[Example],
+    loss: CromssLoss,
+    progress: float,
+    engine: Differentiates,
+    phase: Timer = lambda _: nullcontext(),
 ) -> LossOutput:
     """Adds up the gradient of one optimiser step, and leaves moving the weights to the caller.
 
@@ -48,17 +55,22 @@ def accumulated_step(
         loss: CromSS.
         progress: Epochs trained, as for the loss.
         engine: Whose `backward` is called once a micro batch.
+        phase: Times 'forward', 'loss' and 'backward': `Meter.phase`. The gradient at joined logits is part of 'loss'.
 
     Returns:
         The loss of all micro batches without gradient: selection weights of all samples in their order, counts added up.
         `total` and `parts` are means over micro batches where the scope is not 'global'.
     """
     if loss.config.scope == "global" and len(micro_batches) > 1:
-        return _two_passes(forward, micro_batches, loss, progress, engine)
+        return _two_passes(forward, micro_batches, loss, progress, engine, phase)
     outputs = []
     for example in micro_batches:
-        output = loss(*forward(example.s1, example.s2), example.label, example.prior, progress, example.weights)
-        engine.backward(output.total)
+        with phase("forward"):
+            logits = forward(example.s1, example.s2)
+        with phase("loss"):
+            output = loss(*logits, example.label, example.prior, progress, example.weights)
+        with phase("backward"):
+            engine.backward(output.total)
         outputs.append(output)
     return LossOutput(
         total=torch.stack([output.total.detach() for output in outputs]).mean(),
@@ -70,30 +82,39 @@ def accumulated_step(
 
 
 def _two_passes(
-    forward: Forward, micro_batches: Sequence[Example], loss: CromssLoss, progress: float, engine: Differentiates
+    forward: Forward,
+    micro_batches: Sequence[Example],
+    loss: CromssLoss,
+    progress: float,
+    engine: Differentiates,
+    phase: Timer,
 ) -> LossOutput:
     device = micro_batches[0].s1.device
     # Leaving fork_rng puts the generators back, so that the second pass draws what the first one drew.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), engine.frozen_statistics():
+    draws_again = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with phase("forward"), draws_again, torch.no_grad(), engine.frozen_statistics():
         pairs = [forward(example.s1, example.s2) for example in micro_batches]
     # In float32, so that the gradient is rounded to the logits' type only after the engine's loss scale, as in one pass.
     joined = [torch.cat(list(branch)).float().requires_grad_() for branch in zip(*pairs, strict=True)]
     del pairs
     priors = [example.prior for example in micro_batches if example.prior is not None]
-    output = loss(
-        joined[0],
-        joined[1],
-        torch.cat([example.label for example in micro_batches]),
-        torch.cat(priors) if priors else None,
-        progress,
-        torch.cat([example.weights for example in micro_batches]),
-    )
-    slopes = torch.autograd.grad(output.total, joined)
+    with phase("loss"):
+        output = loss(
+            joined[0],
+            joined[1],
+            torch.cat([example.label for example in micro_batches]),
+            torch.cat(priors) if priors else None,
+            progress,
+            torch.cat([example.weights for example in micro_batches]),
+        )
+        slopes = torch.autograd.grad(output.total, joined)
     sizes = [len(example.label) for example in micro_batches]
     per_micro_batch = zip(*(torch.split(slope, sizes) for slope in slopes), strict=True)
     for example, parts in zip(micro_batches, per_micro_batch, strict=True):
-        logits = forward(example.s1, example.s2)
-        # Its gradient at the logits is `parts`; the engine takes a mean over micro batches, hence their number.
-        pairings = [(x.float() * slope).sum() for x, slope in zip(logits, parts, strict=True)]
-        engine.backward(len(micro_batches) * (pairings[0] + pairings[1]))
+        with phase("forward"):
+            logits = forward(example.s1, example.s2)
+        with phase("backward"):
+            # Its gradient at the logits is `parts`; the engine takes a mean over micro batches, hence their number.
+            pairings = [(x.float() * slope).sum() for x, slope in zip(logits, parts, strict=True)]
+            engine.backward(len(micro_batches) * (pairings[0] + pairings[1]))
     return LossOutput(output.total.detach(), output.parts, output.selection_s1, output.selection_s2, output.counts)
