@@ -85,6 +85,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     reduce_sum: ReduceSum
     world_size: int
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # whole: a graph must not begin with an activation in place
     def forward(self, x: Tensor) -> Tensor:
         """Normalises (B, C, H, W) of any float type; in training by all ranks' pixels, a collective call."""
         y = self._by_batch(x) if self.training else super().forward(x)
@@ -92,7 +93,6 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             y = child(y)
         return y
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _by_batch(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         count = x.numel() // x.shape[1] * self.world_size
