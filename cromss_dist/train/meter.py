@@ -18,9 +18,10 @@ from cromss_dist.losses import Counts, LossOutput
 from cromss_dist.schema import CLASS_NAMES, MODALITIES
 from cromss_dist.world import World
 
-Phase: TypeAlias = Literal["data", "forward", "loss", "backward", "optimizer", "checkpoint", "validation"]
+Phase: TypeAlias = Literal["data", "transforms", "forward", "loss", "backward", "optimizer", "checkpoint", "validation"]
 STEP_PHASES: dict[Phase, str] = {
     "data": "perf/data_wait_s",
+    "transforms": "perf/transforms_s",
     "forward": "perf/forward_s",
     "loss": "perf/loss_s",
     "backward": "perf/backward_s",
@@ -28,7 +29,7 @@ STEP_PHASES: dict[Phase, str] = {
 }
 PAUSES: dict[Phase, str] = {"checkpoint": "perf/checkpoint_s", "validation": "perf/validation_s"}  # of a run, not of its steps
 _PHASES = (*STEP_PHASES, *PAUSES)
-_ON_DEVICE: tuple[Phase, ...] = ("forward", "loss", "backward", "optimizer")
+_ON_DEVICE: tuple[Phase, ...] = ("transforms", "forward", "loss", "backward", "optimizer")
 _GIB = 2**30
 
 
@@ -46,6 +47,7 @@ class Meter:
 
     def __init__(self, device: torch.device, global_batch: int, class_names: tuple[str, ...] = CLASS_NAMES) -> None:
         self.device, self.global_batch, self.class_names = device, global_batch, class_names
+        self._started: float | None = None  # by the first phase
         self._restart()
 
     def _restart(self) -> None:
@@ -57,11 +59,12 @@ class Meter:
         self._grad_norms: list[float] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[Phase, torch.cuda.Event, torch.cuda.Event]] = []
-        self._started = time.perf_counter()
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
         """Times a part of a step, or a pause between steps; a phase may come several times a step. Does not nest."""
+        if self._started is None:
+            self._started = time.perf_counter()
         with torch.profiler.record_function(f"cromss::{name}"):
             if self.device.type == "cuda" and name in _ON_DEVICE:
                 start, end = _event(), _event()
@@ -152,7 +155,9 @@ class Meter:
             self._events[-1][2].synchronize()
         for name, start, end in self._events:
             seconds[name] += start.elapsed_time(end) / 1000
-        seconds["all"] = time.perf_counter() - self._started
+        now = time.perf_counter()
+        seconds["all"] = now - (now if self._started is None else self._started)
+        self._started = now
         return seconds
 
     def _training_figures(self, sums: Tensor, num_added: float) -> dict[str, float]:
@@ -171,7 +176,7 @@ class Meter:
 
     def _time_figures(self, seconds: Mapping[str, float]) -> dict[str, float]:
         values = {name: seconds[phase] for phase, name in PAUSES.items() if seconds[phase]}
-        if self._num_steps:
+        if self._num_steps and seconds["all"]:
             step_s = (seconds["all"] - sum(seconds[phase] for phase in PAUSES)) / self._num_steps
             values["perf/step_s"] = step_s
             values["perf/samples_per_s"] = self.global_batch / step_s
