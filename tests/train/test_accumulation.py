@@ -16,6 +16,7 @@ from cromss_dist.schema import Example
 from cromss_dist.train.accumulation import Forward, accumulated_step
 from cromss_dist.world import World
 from tests.ranks import run_ranks
+from tests.train import engine_programs as programs
 
 CONFIG = LossConfig(segmentation=("ce", "dice", "focal"), consistency="kl")
 PROGRESS = 60.0
@@ -147,6 +148,38 @@ def test_two_ranks_of_two_micro_batches_give_the_gradient_of_one_batch(tmp_path:
         torch.testing.assert_close(found.pop("total"), expected.total.detach(), rtol=1e-6, atol=0)
         torch.testing.assert_close(found.pop("counts"), expected.counts.sums, rtol=1e-6, atol=0)
         assert_same_gradients(found, gradients)
+
+
+def engine_steps(world: World, folder: Path, zero_stage: int) -> None:
+    engine = programs.build(world, programs.TwoHeads(), zero_stage=zero_stage, accumulation_steps=3)
+    loss = CromssLoss(CONFIG, reduce_sum=world.reduce_sum, world_size=world.size)
+    losses, norms = [], []
+    for s1, s2, label in programs.batches():
+        share = Example(s1, s2, label, None, None, torch.ones(len(s1)))
+        sizes = [programs.BATCH // world.size] * world.size
+        micro_batches = cut(cut(share, sizes)[world.rank], [2, 2, 2])
+        losses.append(accumulated_step(engine.forward, micro_batches, loss, PROGRESS, engine).total)
+        norms.append(torch.tensor(engine.step().grad_norm))
+    save_file({"losses": torch.stack(losses), "norms": torch.stack(norms)}, folder / f"rank-{world.rank}.safetensors")
+    engine.close()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_an_engine_of_any_zero_stage_makes_the_steps_of_plain_torch_on_the_whole_batch(zero_stage: int, tmp_path: Path) -> None:
+    assert run_ranks(engine_steps, 2, tmp_path, zero_stage) == [0, 0]
+    network, loss, losses, norms = programs.TwoHeads(), CromssLoss(CONFIG), [], []
+    optimizer = torch.optim.Adam(network.parameters(), lr=programs.TRAIN.lr, weight_decay=programs.TRAIN.weight_decay)
+    for s1, s2, label in programs.batches():
+        optimizer.zero_grad()
+        out = one_batch(network, loss, Example(s1, s2, label, None, None, torch.ones(len(s1))))
+        out.total.backward()  # type: ignore[no-untyped-call]
+        losses.append(out.total.detach())
+        norms.append(nn.utils.clip_grad_norm_(network.parameters(), programs.CLIP))
+        optimizer.step()
+    for rank in range(2):
+        found = load_file(tmp_path / f"rank-{rank}.safetensors")
+        torch.testing.assert_close(found["losses"], torch.stack(losses), rtol=1e-5, atol=0)
+        torch.testing.assert_close(found["norms"].float(), torch.stack(norms), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("scope", ["micro", "local"])
