@@ -212,7 +212,7 @@ class PublishedStep:
         with torch.autocast(self.device.type, torch.float16, enabled=self.mixed):
             logits = self.model(s1, s2)
         parts = self.loss((logits[0].float(), logits[1].float()), label, prior.to(self.device), epoch)
-        self.scaler.scale(parts["total"]).backward()
+        self.scaler.scale(parts["total"]).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return {name: value.item() for name, value in parts.items()}

@@ -1,0 +1,62 @@
+"""A plain torch loop over the batches of a run, one JSON line an interval of its log: what `launch/local.py` is held against.
+
+    python benchmarks/train_bare.py CONFIG
+
+Loader, preparation, model, loss and Adam are the product's. There is no engine, guard, meter, record, checkpoint or Ray.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from cromss_dist.data.loading.augment import prepare, train_geometry
+from cromss_dist.data.loading.draws import Draws
+from cromss_dist.data.loading.loader import TrainLoader
+from cromss_dist.losses import CromssLoss
+from cromss_dist.parse import parse_run
+from cromss_dist.train.preflight import Preflight
+
+
+def main() -> None:
+    """Trains for the length of the run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, metavar="CONFIG")
+    config = parse_run(["--config", str(parser.parse_args().config)]).config
+    torch.set_num_threads(config.launch.cpus_per_worker)
+    preflight, data, train, reading = Preflight.of(config, 1), config.data, config.train, config.data.reading
+    model, loss = preflight.build_model(), CromssLoss(config.loss)
+    optimizer = torch.optim.Adam(model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
+    timeline, patch_px = preflight.timeline, preflight.data.dataset.patch_px
+    loader = TrainLoader(
+        plan=preflight.data.train_plan(preflight.plan),
+        threads=reading.threads,
+        workers=reading.workers,
+        prefetch=reading.prefetch_batches,
+        lookahead=reading.lookahead_batches,
+        timeout_s=reading.timeout_s,
+    )
+    with loader as batches:
+        started = time.perf_counter()
+        for step in range(1, timeline.total_steps + 1):
+            batch = next(batches)
+            draws = Draws(config.seed, batch.epochs.numpy(), batch.sample_ids.numpy())
+            geometry = train_geometry(draws, patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
+            example = prepare(batch, geometry, data.s1_bands, data.s2_bands, config.loss.prior, "cpu")
+            s1, s2 = (x.contiguous(memory_format=torch.channels_last) for x in (example.s1, example.s2))
+            progress = timeline.epochs((step - 1) * timeline.global_batch)
+            logits_s1, logits_s2 = model(s1, s2)
+            total = loss(logits_s1, logits_s2, example.label, example.prior, progress, example.weights).total
+            total.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % train.log_every_steps == 0:
+                samples_per_s = train.log_every_steps * timeline.global_batch / (time.perf_counter() - started)
+                print(json.dumps({"samples_per_s": samples_per_s, "loss": float(total.detach())}), flush=True)
+                started = time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
