@@ -165,13 +165,14 @@ class Meter:
         values = {f"train/loss/{name}": value for name, value in zip(self._names, losses.tolist(), strict=True)}
         if counts.valid:
             values["train/agreement"] = float(counts.agreed / counts.valid)
-        for modality, weight, kept in zip(MODALITIES, counts.weight, counts.kept, strict=True):
-            if counts.labelled.any():
-                values[f"train/kept_{modality}"] = float(weight.sum() / counts.labelled.sum())
-            for i, name in enumerate(self.class_names):
-                if counts.labelled[i]:
-                    values[f"train/kept_{modality}/{name}"] = float(weight[i] / counts.labelled[i])
-                    values[f"train/selected_share_{modality}/{name}"] = float(kept[i] / counts.labelled[i])
+        labelled = counts.labelled.tolist()
+        for modality, weights, kept in zip(MODALITIES, counts.weight.tolist(), counts.kept.tolist(), strict=True):
+            if any(labelled):
+                values[f"train/kept_{modality}"] = sum(weights) / sum(labelled)
+            for name, weight, number_kept, number in zip(self.class_names, weights, kept, labelled, strict=True):
+                if number:
+                    values[f"train/kept_{modality}/{name}"] = weight / number
+                    values[f"train/selected_share_{modality}/{name}"] = number_kept / number
         return values
 
     def _time_figures(self, seconds: Mapping[str, float]) -> dict[str, float]:

@@ -11,6 +11,8 @@ import torch
 
 from cromss_dist.train.meter import Meter
 from cromss_dist.train.profile import PROFILE_FOLDER, SKIPPED_STEPS, Profile
+from cromss_dist.world import World
+from tests.ranks import run_ranks
 
 UNTRACED = SKIPPED_STEPS + 1
 
@@ -79,6 +81,23 @@ def test_an_error_of_the_run_is_not_hidden(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="of the run"):
         fail_within_the_trace()
+
+
+def rank_sums(world: World, folder: Path) -> None:
+    """Steps of nothing but a sum over ranks."""
+    with Profile(folder, world.rank, active_steps=2) as profile:
+        for _ in range(UNTRACED + 2):
+            world.reduce_sum(torch.ones(2**20))
+            profile.step()
+
+
+def test_each_rank_leaves_its_own_trace_with_its_collectives(tmp_path: Path) -> None:
+    assert run_ranks(rank_sums, 2, tmp_path) == [0, 0]
+    for rank in range(2):
+        table = (tmp_path / PROFILE_FOLDER / f"rank{rank:05d}.txt").read_text()
+        collectives = re.search(r"^collectives, within these +([\d.]+)", table, re.MULTILINE)
+        assert collectives
+        assert float(collectives[1]) > 0
 
 
 def test_nothing_is_done_where_none_is_asked_for(tmp_path: Path) -> None:
