@@ -10,7 +10,7 @@ from threading import Event, Thread
 
 from torch import Tensor
 
-from cromss_dist.errors import CheckpointError, StorageError
+from cromss_dist.errors import CheckpointError
 from cromss_dist.train.checkpoint import writer
 from cromss_dist.train.checkpoint.record import Json, Vote
 
@@ -23,12 +23,12 @@ class Saving:
         rank: This rank.
         world_size: Number of ranks.
         tensors: On the CPU; the dict is emptied when they are written, so that their memory is free again.
-        commit: On rank 0, what follows its vote, given the event by which it learns that all ranks have ended their part;
-            returns what a user should know.
+        commit: On rank 0, what follows its vote, given that and the event by which it learns that all ranks have ended their
+            part; returns what a user should know.
     """
 
     def __init__(
-        self, staging: Path, rank: int, world_size: int, tensors: dict[str, Tensor], commit: Callable[[Event], str] | None
+        self, staging: Path, rank: int, world_size: int, tensors: dict[str, Tensor], commit: Callable[[Vote, Event], str] | None
     ) -> None:
         self._staging, self._rank, self._world_size = staging, rank, world_size
         self._tensors, self._commit = tensors, commit
@@ -62,23 +62,24 @@ class Saving:
 
     def _run(self) -> None:
         try:
-            self._vote()
+            vote = self._write()
             if self._commit:
-                self._note = self._commit(self._all_ended)
+                self._note = self._commit(vote, self._all_ended)
+            else:
+                writer.cast_vote(self._staging, self._rank, self._world_size, vote)
         except Exception as error:  # noqa: BLE001 - told by whoever waits for the saving
             self._failure = reason_of(error)
         self._seconds = time.monotonic() - self._begun
 
-    def _vote(self) -> None:
-        if not writer.appears(self._staging, writer.GRACE_S):
-            raise CheckpointError(f"{self._staging} does not show here")
+    def _write(self) -> Vote:
         try:
-            vote = writer.write_share(self._staging, self._rank, self._world_size, self._tensors)
-        except Exception as error:  # noqa: BLE001 - the others must not wait for a vote
-            vote = Vote(None, error=reason_of(error))
+            if not writer.appears(self._staging, writer.GRACE_S):
+                raise CheckpointError(f"{self._staging} does not show here")
+            return writer.write_share(self._staging, self._rank, self._world_size, self._tensors)
+        except Exception as error:  # noqa: BLE001 - rank 0 must be told, whatever it is
+            return Vote(None, error=reason_of(error))
         finally:
             self._tensors.clear()
-        writer.cast_vote(self._staging, self._rank, self._world_size, vote)
 
 
 def reason_of(error: Exception) -> str:
@@ -86,7 +87,7 @@ def reason_of(error: Exception) -> str:
     match error:
         case OSError():
             return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        case CheckpointError() | StorageError():
+        case CheckpointError():
             return str(error)
         case _:
             return repr(error)

@@ -24,7 +24,7 @@ from cromss_dist.errors import CheckpointError, StorageError
 from cromss_dist.failpoint import failpoint
 from cromss_dist.train.checkpoint import writer
 from cromss_dist.train.checkpoint.reader import Saved, SharedTensors, read_record, verify_share
-from cromss_dist.train.checkpoint.record import Json, Record
+from cromss_dist.train.checkpoint.record import Json, Record, Vote
 from cromss_dist.train.checkpoint.saving import Saving, reason_of
 from cromss_dist.train.checkpoint.shelf import Shelf
 from cromss_dist.world import World
@@ -66,7 +66,7 @@ class Checkpoints:
             CheckpointError: a rank does not see the folder that rank 0 made.
             StorageError: the folder cannot be made.
         """
-        probe = Path(self._on_main(self._make_folder))
+        probe = self._shelf.folder / self._on_main(self._make_folder)
         num_blind = self._sum([not _sees(probe)])[0]
         self._on_main(lambda: probe.unlink(missing_ok=True))
         if num_blind:
@@ -111,9 +111,9 @@ class Checkpoints:
         if step == self.last_committed:
             return
         try:
-            staging = Path(self._on_main(lambda: str(self._shelf.stage(step))))
+            staging = self._shelf.folder / self._on_main(lambda: self._shelf.stage(step).name)
         except StorageError as error:
-            self._fail(step, str(error))
+            self._fail(step, str(error).rstrip("."))
             return
         failpoint("checkpoint_staged")
         self._saving_step = step
@@ -126,13 +126,13 @@ class Checkpoints:
         Raises:
             StorageError: it failed, and `on_failure` is 'stop'.
         """
-        if not self._saving:
+        if not (saving := self._saving):
             return
-        saving, self._saving, step = self._saving, None, self._saving_step
         if not self._world.is_main:
             saving.join(all_ended=True)
         self._world.barrier()
         outcome = self._world.broadcast_json(saving.join(all_ended=True) if self._world.is_main else None)
+        step, self._saving = self._saving_step, None  # not before: where another rank has died, leaving finishes this rank's part
         if outcome["failure"]:
             self._fail(step, outcome["failure"])
             return
@@ -205,13 +205,13 @@ class Checkpoints:
         aside = self._on_main(lambda: str(self._shelf.set_aside(step, reason)))
         self.events.append(f"{self._shelf.path(step)} does not verify: {reason}. It lies in {aside} now.")
 
-    def _committing(self, staging: Path, step: int, state: Json) -> Callable[[Event], str]:
+    def _committing(self, staging: Path, step: int, state: Json) -> Callable[[Vote, Event], str]:
         """What rank 0's thread does when its share is written; returns what a user should know."""
         trusted = self._trusted | {step}
 
-        def commit(all_ended: Event) -> str:
+        def commit(vote: Vote, all_ended: Event) -> str:
             try:
-                writer.commit(staging, step, state, self._world.size, all_ended)
+                writer.commit(staging, step, state, vote, self._world.size, all_ended)
                 self._shelf.publish(staging, step)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)  # after a failure; must not hide it
@@ -235,7 +235,7 @@ class Checkpoints:
         self._shelf.folder.mkdir(parents=True, exist_ok=True)
         probe = self._shelf.folder / f".seen-by-all.{secrets.token_hex(8)}"
         probe.touch(exist_ok=False)
-        return str(probe)
+        return probe.name  # the folder itself may have another path on another node
 
     def _start_over(self) -> str | None:
         aside = self._shelf.start_over()

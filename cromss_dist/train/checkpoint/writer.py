@@ -89,13 +89,14 @@ def cast_vote(staging: Path, rank: int, world_size: int, vote: Vote) -> None:
     failpoint("checkpoint_voted")
 
 
-def commit(staging: Path, step: int, state: Json, world_size: int, all_ended: Event) -> None:
-    """Rank 0: waits for the votes of all ranks and, where each is a yes, writes the commit record.
+def commit(staging: Path, step: int, state: Json, vote: Vote, world_size: int, all_ended: Event) -> None:
+    """Rank 0: waits for the votes of the other ranks and, where each is a yes, writes the commit record.
 
     Args:
         staging: Folder of the saving.
         step: Optimiser steps taken.
         state: What is not a tensor; JSON types.
+        vote: Rank 0's own.
         world_size: Number of ranks.
         all_ended: Set once every rank has done what it can: a vote that does not show soon after will not come. Until then
             there is no limit, because a slow disk is no failure and a folder must not vanish under who writes in it.
@@ -104,7 +105,7 @@ def commit(staging: Path, step: int, state: Json, world_size: int, all_ended: Ev
         CheckpointError: a rank voted no, or not at all, or the shares do not fit together; the message is the reason.
         OSError: the record is refused.
     """
-    votes = [_await_vote(staging, rank, world_size, all_ended) for rank in range(world_size)]
+    votes = [vote, *(_await_vote(staging, rank, world_size, all_ended) for rank in range(1, world_size))]
     if errors := [f"rank {rank}: {vote.error}" for rank, vote in enumerate(votes) if vote.error]:
         raise CheckpointError("; ".join(errors))
     shares = tuple(vote.share for vote in votes if vote.share)
@@ -117,7 +118,7 @@ def commit(staging: Path, step: int, state: Json, world_size: int, all_ended: Ev
         raise CheckpointError("two ranks gave tensors of the same name")
     packages = ("torch", "safetensors", "deepspeed")
     versions = {"cromss_dist": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
-    for rank in range(world_size):
+    for rank in range(1, world_size):
         (staging / vote_name(rank, world_size)).unlink()
     failpoint("checkpoint_before_record")
     write_atomically(staging / RECORD, seal(Record(step, state, shares, versions).to_json()))
