@@ -21,6 +21,7 @@ LAYERS = {
     "cromss_dist.tracking": 2,
     "cromss_dist.train": 3,
     "cromss_dist.pretrain": 4,
+    "cromss_dist.export": 4,
     "cromss_dist.replay": 4,
     "cromss_dist.encoders": 4,
     "cromss_dist.cli": 4,
@@ -30,7 +31,7 @@ LAYERS = {
 SIBLINGS = ("cromss_dist.data", "cromss_dist.models", "cromss_dist.losses", "cromss_dist.tracking")
 # Each heavy package has one home.
 HOMES = {
-    "deepspeed": ("cromss_dist/train/engine.py",),
+    "deepspeed": ("cromss_dist/train/engine.py", "cromss_dist/train/master.py"),
     "ray": ("launch/ray_run.py", "launch/parallel.py"),
     "mlflow": ("cromss_dist/tracking/",),
     "webdataset": (),  # its format is written and read without it; tests open our shards with it

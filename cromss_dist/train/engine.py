@@ -1,4 +1,4 @@
-"""The training step: DeepSpeed reduces gradients and partitions what ZeRO partitions. The only file that imports it.
+"""The training step: DeepSpeed reduces gradients and partitions what ZeRO partitions. With master.py, its home.
 
 Layer 3. Everything else is done here and in `GuardedAdam`, the same at every ZeRO stage: mixed precision is torch's autocast
 around the networks, so that DeepSpeed sees a float32 model and reduces float32 gradients; the scale of an fp16 loss,
@@ -21,13 +21,13 @@ from cromss_dist.config import BatchPlan, EngineConfig, TrainConfig
 from cromss_dist.errors import CheckpointError
 from cromss_dist.models.batch_norm import frozen_statistics, globalise_batch_norms
 from cromss_dist.models.recompute import recompute_activations
+from cromss_dist.train.master import MasterState
 from cromss_dist.train.memory import FREE_SHARE, free_bytes, saved_bytes
-from cromss_dist.train.optimizer import MOMENTS, GuardedAdam, LossScale
+from cromss_dist.train.optimizer import GuardedAdam, LossScale
 from cromss_dist.world import World
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_WEIGHTS, _BUFFERS = "weights", "buffers"
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,22 @@ class Engine:
         model.to(world.device)
         if engine.compile is True:
             model.compile()
-        self._parameters = dict(model.named_parameters())
-        self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}  # ZeRO-3 empties them
+        # Buffers and what they were before the step, by type, so that one kernel copies all of a type.
+        self._buffers = [
+            (same, [torch.empty_like(buffer) for buffer in same])
+            for dtype in (torch.float32, torch.int64)
+            if (same := [buffer for buffer in model.buffers() if buffer.dtype == dtype])
+        ]
+        self._in_step = False
         self.optimizer = GuardedAdam(
-            self._parameters.values(),
+            model.parameters(),
             lr=train.lr,
             weight_decay=train.weight_decay,
             fused=engine.fused_optimizer is not False,
             grad_clip=engine.grad_clip,
             reduce_sum=world.reduce_sum if engine.zero_stage > 0 else None,
         )
+        self._master = MasterState(model, self.optimizer, engine.zero_stage, world)
         deepspeed = import_deepspeed(world.device)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
         self._engine, *_ = deepspeed.initialize(
@@ -127,7 +133,7 @@ class Engine:
             optimizer=self.optimizer,
             config=deepspeed_config(engine, plan),
         )
-        self._create_moments()
+        self._master.create_moments(self._engine.optimizer)
 
     def forward(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of both branches for float32 images (B, bands, h, w) in [0, 1]; dtype is that of the arithmetic."""
@@ -136,6 +142,10 @@ class Engine:
         if self._must_measure and self._model.training:
             self._must_measure = False
             self._recompute_if_needed(s1, s2)
+        if self._model.training and not self._in_step:
+            self._in_step = True
+            for now, before in self._buffers:
+                torch._foreach_copy_(before, now)
         logits: tuple[Tensor, Tensor] = self._engine(s1, s2)
         return logits
 
@@ -146,12 +156,18 @@ class Engine:
     def step(self, veto: bool = False) -> StepResult:
         """Ends an optimiser step: moves the weights by the gradient added up, if it is finite, and forgets it.
 
+        A step that is left out leaves no trace: running statistics, which its forward passes moved, are put back, too.
+
         Args:
             veto: Whether to leave the step out in any case; the same on all ranks.
         """
         self.optimizer.prepare(self._scale.value, veto)
         self._engine.step()
         moved, could_fall = self.optimizer.moved, self._scale.can_fall
+        if not moved and self._in_step:
+            for now, before in self._buffers:
+                torch._foreach_copy_(now, before)
+        self._in_step = False
         if not veto:
             self._scale.update(finite=moved)
         return StepResult(moved, self.optimizer.grad_norm, overflow=not (moved or veto) and could_fall)
@@ -196,7 +212,7 @@ class Engine:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights and buffers on the CPU, whole on every rank (ZeRO-3 gathers); a collective call."""
-        with self._gathered(self._parameters.values()):
+        with self._master.gathered():
             state = self._model.state_dict()
             return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
 
@@ -204,31 +220,17 @@ class Engine:
         """What of a checkpoint are no tensors: optimiser steps that moved, and the scale of an fp16 loss; JSON."""
         return {"steps": self.optimizer.steps, "loss_scale": self._scale.value, "good_steps": self._scale.good_steps}
 
-    @torch.no_grad()
     def snapshot(self) -> dict[str, Tensor]:
         """This rank's share of the master state, copied to the CPU; a collective call.
 
-        The shares of all ranks are disjoint, about equally large, and together complete. `batch_norm='local'` averages
-        running statistics over ranks first, see `average_running_statistics`.
+        `batch_norm='local'` averages running statistics over ranks first, see `average_running_statistics`.
 
         Returns:
-            `weights/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>`, float32, and `buffers/<name>` in their own type.
+            What `MasterState` describes; the shares of all ranks are disjoint, about equally large, and complete.
         """
         self.average_running_statistics()
-        owners, share = self._owners(), {}
+        return self._master.share()
 
-        def take(key: str, value: Tensor) -> None:
-            if owners[key] == self._world.rank:
-                share[key] = value.detach().to("cpu", copy=True).contiguous()
-
-        for name, parameter in self._parameters.items():
-            for kind in (_WEIGHTS, *MOMENTS):
-                take(f"{kind}/{name}", self._full(parameter, kind))
-        for name, buffer in self._model.named_buffers():
-            take(f"{_BUFFERS}/{name}", buffer)
-        return share
-
-    @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Takes over a master state, whatever ZeRO stage and number of ranks it is of; a collective call.
 
@@ -239,12 +241,9 @@ class Engine:
         Raises:
             CheckpointError: names are missing, unknown or of another shape or type; nothing has been changed.
         """
-        self._check(tensors, state)
-        for name, parameter in self._parameters.items():
-            for kind in (_WEIGHTS, *MOMENTS):
-                self._set_full(parameter, kind, tensors[f"{kind}/{name}"].to(self._world.device))
-        for name, buffer in self._model.named_buffers():
-            buffer.copy_(tensors[f"{_BUFFERS}/{name}"])
+        if missing := sorted(self.state().keys() - state.keys()):
+            raise CheckpointError(f"The checkpoint's state lacks {', '.join(missing)}; start over with --fresh.")
+        self._master.take_over(tensors)
         self.optimizer.set_steps(state["steps"])
         if self._scale.dynamic:
             self._scale.value, self._scale.good_steps = state["loss_scale"], state["good_steps"]
@@ -260,87 +259,6 @@ class Engine:
         too_many = torch.tensor([float(wanted > FREE_SHARE * free_bytes(self._world.device))], device=self._world.device)
         if self._world.reduce_sum(too_many).item() > 0:
             recompute_activations(self._model)
-
-    def _create_moments(self) -> None:
-        """Makes Adam's moments before the first step, so that they can be saved and restored at any time."""
-        match self._config.zero_stage:
-            case 0:
-                self.optimizer.create_state(self._parameters.values())
-            case 3:
-                self.optimizer.create_state(self._engine.optimizer.fp32_partitioned_groups_flat)
-            case _:
-                self.optimizer.create_state(self._engine.optimizer.single_partition_of_fp32_groups)
-                self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # else only the first step would link them
-
-    def _full(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """A weight or one of its moments, whole on every rank; a collective call where it is partitioned."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if kind == _WEIGHTS:
-            # Stages 1 and 2 partition only what the optimiser has of it, and the model is as exact.
-            return safe_get_full_fp32_param(parameter) if self._config.zero_stage == 3 else parameter
-        if self._config.zero_stage == 0:
-            return self.optimizer.state[parameter][kind]  # type: ignore[no-any-return]
-        return safe_get_full_optimizer_state(parameter, kind)  # type: ignore[no-any-return]
-
-    def _set_full(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        if kind == _WEIGHTS:
-            with self._gathered([parameter], modifier_rank=0):
-                parameter.copy_(value)
-            safe_set_full_fp32_param(parameter, value)  # the optimiser's part, which stage 0 does not have
-        elif self._config.zero_stage == 0:
-            self.optimizer.state[parameter][kind].copy_(value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, kind)
-
-    def _gathered(self, parameters: Any, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
-        """In which weights are whole; what `modifier_rank` writes then is everyone's."""
-        import deepspeed
-
-        enabled = self._config.zero_stage == 3
-        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
-            list(parameters), modifier_rank=modifier_rank, enabled=enabled
-        )
-        return gathered
-
-    def _layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and type of every tensor of the master state, in one order on all ranks."""
-        layout = {
-            f"{kind}/{name}": (shape, torch.float32) for name, shape in self._shapes.items() for kind in (_WEIGHTS, *MOMENTS)
-        }
-        return layout | {f"{_BUFFERS}/{name}": (buffer.shape, buffer.dtype) for name, buffer in self._model.named_buffers()}
-
-    def _owners(self) -> dict[str, int]:
-        """The rank that saves each tensor: the largest first, each to whoever has least."""
-        sizes = {key: shape.numel() * dtype.itemsize for key, (shape, dtype) in self._layout().items()}
-        owners, loads = {}, [0] * self._world.size
-        for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
-            owners[key] = loads.index(min(loads))
-            loads[owners[key]] += sizes[key]
-        return owners
-
-    def _check(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        layout, given = self._layout(), set(tensors)
-        found = {key: (tensors[key].shape, tensors[key].dtype) for key in layout.keys() & given}
-        problems = {
-            "missing": sorted(layout.keys() - given) + sorted(self.state().keys() - state.keys()),
-            "unknown": sorted(given - layout.keys()),
-            "of another shape or type": sorted(
-                f"{key} {tuple(shape)} {dtype}" for key, (shape, dtype) in found.items() if (shape, dtype) != layout[key]
-            ),
-        }
-        told = [
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-            for what, names in problems.items()
-            if names
-        ]
-        if told:
-            raise CheckpointError(
-                f"The checkpoint does not fit the networks: {'; '.join(told)}. Resume with the model.* and data bands it was "
-                "written with, or start over with --fresh."
-            )
 
 
 def import_deepspeed(device: torch.device) -> Any:

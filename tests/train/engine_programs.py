@@ -14,7 +14,7 @@ from cromss_dist.losses import CromssLoss
 from cromss_dist.train.engine import Engine
 from cromss_dist.world import World
 
-STEPS, BATCH, CROP = 3, 8, 16
+STEPS, BATCH, CROP = 3, 12, 8
 TRAIN = TrainConfig(lr=1e-2, weight_decay=1e-3)
 CLIP = 0.5
 

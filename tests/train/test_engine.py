@@ -129,7 +129,6 @@ def test_a_snapshot_is_the_same_at_every_zero_stage_and_number_of_ranks(
     of: tuple[int, int], to: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = folders(tmp_path)
-    monkeypatch.setattr(programs, "BATCH", 12)
     run(programs.shares, of[1], first, of[0])
     run(programs.resumed, to[1], second, to[0], first)
     saved, again = programs.load_shares(first), programs.load_shares(second)
