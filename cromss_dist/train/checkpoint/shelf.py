@@ -19,7 +19,7 @@ from cromss_dist.data.staging import sync_folder, write_atomically
 from cromss_dist.failpoint import failpoint
 from cromss_dist.train.checkpoint.reader import step_name
 
-_COMMITTED = re.compile(r"step-(\d{7,})")
+_COMMITTED = re.compile("step-[0-9]{7,}")
 
 
 class Shelf:
@@ -44,8 +44,9 @@ class Shelf:
 
     def steps(self) -> list[int]:
         """The steps that were committed, newest first; whether they verify is another question."""
-        found = (_COMMITTED.fullmatch(name) for name in os.listdir(self.folder))
-        return sorted((int(match[1]) for match in found if match), reverse=True)
+        names = filter(_COMMITTED.fullmatch, os.listdir(self.folder))
+        steps = {name: int(name.removeprefix("step-")) for name in names}
+        return sorted((step for name, step in steps.items() if name == step_name(step)), reverse=True)
 
     def stage(self, step: int) -> Path:
         """A new hidden folder, to write the checkpoint of a step in."""

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from cromss_dist.data.staging import sync_folder
 from cromss_dist.errors import CheckpointError, StorageError
 from cromss_dist.failpoint import failpoint
 from cromss_dist.train.checkpoint import writer
@@ -233,6 +234,7 @@ class Checkpoints:
 
     def _make_folder(self) -> str:
         self._shelf.folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self._shelf.folder.parent)
         probe = self._shelf.folder / f".seen-by-all.{secrets.token_hex(8)}"
         probe.touch(exist_ok=False)
         return probe.name  # the folder itself may have another path on another node

@@ -186,6 +186,14 @@ def test_a_fresh_start_sets_good_ones_aside_and_deletes_none(saved: Path) -> Non
     assert {path.name: hashlib.sha256((path / SHARE).read_bytes()).digest() for path in aside.iterdir()} == before
 
 
+def test_what_is_not_named_as_a_checkpoint_is_left_alone(saved: Path) -> None:
+    strange = ("step-00000003", "step-3", "step-0000003.old", "notes.txt")
+    for name in strange:
+        (saved / name).mkdir()
+    assert_whole(newest(saved), 2)
+    assert all((saved / name).is_dir() for name in strange)
+
+
 def test_what_a_dead_saving_left_is_removed_and_not_used(saved: Path) -> None:
     staging = saved / ".step-0000003.0123456789abcdef"
     shutil.copytree(saved / NEW, staging)
