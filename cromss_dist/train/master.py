@@ -124,7 +124,7 @@ class MasterState:
             set_weight, set_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
         else:  # cut here, since DeepSpeed's own way fails where the ranks do not divide a size: parts are padded
             set_weight, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
-            size = parameter.ds_tensor.numel()
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # DeepSpeed's
             value = nn.functional.pad(value.flatten(), (0, size * self._world.size - value.numel()))
             value = value[size * self._world.rank :][:size]
         if kind == _WEIGHTS:

@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cromss_dist.config import EngineConfig, LossConfig, TrainConfig, plan_batches
+from cromss_dist.errors import CheckpointError
 from cromss_dist.losses import CromssLoss
 from cromss_dist.train.engine import Engine
 from cromss_dist.world import World
@@ -83,6 +86,11 @@ def cross_entropy(logits: tuple[Tensor, Tensor], label: Tensor) -> Tensor:
     return F.cross_entropy(logits[0].float(), label) + F.cross_entropy(logits[1].float(), label)
 
 
+def flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Everything in one float64 vector."""
+    return torch.cat([value.double().flatten() for value in tensors.values()])
+
+
 def share_of(batch: tuple[Tensor, ...], world: World) -> list[Tensor]:
     return [part.chunk(world.size)[world.rank] for part in batch]
 
@@ -126,7 +134,7 @@ def steps_with_a_bad_gradient(world: World, folder: Path, zero_stage: int) -> No
         loss = cross_entropy(engine.forward(s1, s2), label)
         engine.backward(loss * float("nan") if step == 1 and world.rank == 1 else loss)
         results.append(engine.step(veto=step == 2))
-        weights.append(torch.cat([value.double().flatten() for name, value in engine.state_dict().items() if "1." in name]))
+        weights.append(flat(engine.state_dict()))
     finite = [bool(torch.tensor(result.grad_norm).isfinite()) for result in results]
     save_file(
         {
@@ -144,7 +152,7 @@ def steps_with_a_bad_gradient(world: World, folder: Path, zero_stage: int) -> No
 def scaled_steps(world: World, folder: Path, zero_stage: int) -> None:
     """fp16 steps; a loss of 300 times its size overflows until the scale has fallen."""
     engine = build(world, zero_stage=zero_stage, precision="fp16", grad_clip=0.0)
-    engine._scale.GROWTH_STEPS = 3  # type: ignore[misc]
+    engine._scale.GROWTH_STEPS = 3
     scales, applied, overflow, norms = [], [], [], []
     for step in range(16):
         s1, s2, label = share_of(batches(1)[0], world)
@@ -178,6 +186,31 @@ def shares(world: World, folder: Path, zero_stage: int) -> None:
         save_file(whole, folder / "weights.safetensors")
     save_file(share, folder / f"share-{world.rank}.safetensors")
     save_file({"losses": torch.tensor(losses, dtype=torch.float64)}, folder / f"losses-{world.rank}.safetensors")
+    engine.close()
+
+
+def refusals(world: World, folder: Path, zero_stage: int) -> None:
+    """Tries to take over what does not fit; writes what was said, and leaves by an assertion if anything has changed."""
+    engine = build(world, zero_stage=zero_stage)
+    step_by(engine, batches(1)[0], world)
+    whole, state = load_shares(folder), engine.state()
+    before = engine.snapshot()
+    name, other = "weights/s1.1.weight", "exp_avg/s1.1.weight"
+    told = []
+    for wrong, of in (
+        ({key: value for key, value in whole.items() if key != name}, state),
+        (whole | {"weights/s3.1.weight": whole[name]}, state),
+        (whole | {other: whole[other][:, :3]}, state),
+        (whole | {other: whole[other].half()}, state),
+        (whole, {"steps": 2}),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            engine.restore(wrong, of)
+        told.append(str(error.value))
+    after = engine.snapshot()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert engine.state() == state
+    (folder / f"told-{world.rank}").write_text("\n".join(told))
     engine.close()
 
 
@@ -223,28 +256,26 @@ def own_statistics(world: World, folder: Path, batch_norm: str) -> None:
     model = Normed()
     engine = build(world, model, batch_norm=batch_norm)
     step_by(engine, batches(1)[0], world)
-    norm = model.s1[0].layers[1]
-    own = norm.running_mean.clone()
+    mean, seen = model.get_buffer("s1.0.layers.1.running_mean"), model.get_buffer("s1.0.layers.1.num_batches_tracked")
+    own = mean.clone()
     with engine.frozen_statistics(), torch.no_grad():
         engine.forward(*share_of(batches(2)[1], world)[:2])
-    assert torch.equal(own, norm.running_mean)
-    assert int(norm.num_batches_tracked) == 1
+    assert torch.equal(own, mean)
+    assert int(seen) == 1
     engine.average_running_statistics()
-    save_file({"own": own, "averaged": norm.running_mean.clone()}, folder / f"rank-{world.rank}.safetensors")
+    save_file({"own": own, "averaged": mean.clone()}, folder / f"rank-{world.rank}.safetensors")
     engine.close()
 
 
 def measured(world: World, folder: Path, free: int) -> None:
     """A step of an engine that thinks it is on a GPU with so many bytes free; rank 1 has 100 times as many."""
-    from cromss_dist.train import engine as module
-
-    module.free_bytes = lambda device: free * (1 if world.rank == 0 else 100)  # type: ignore[assignment]
     model = Normed()
     engine = build(world, model, zero_stage=3)
     engine._must_measure = True
-    losses = [step_by(engine, batch, world) for batch in batches()]
-    recomputes = "forward" in vars(model.s1[0])
-    batches_seen = model.s1[0].layers[1].num_batches_tracked
-    columns = {"losses": torch.tensor(losses), "recomputes": torch.tensor(recomputes), "seen": batches_seen.clone()}
+    with patch("cromss_dist.train.engine.free_bytes", lambda device: free * (1 if world.rank == 0 else 100)):
+        losses = [step_by(engine, batch, world) for batch in batches()]
+    recomputes = torch.tensor("forward" in vars(model.get_submodule("s1.0")))
+    seen = model.get_buffer("s1.0.layers.1.num_batches_tracked").clone()
+    columns = {"losses": torch.tensor(losses), "recomputes": recomputes, "seen": seen}
     save_file(columns, folder / f"rank-{world.rank}.safetensors")
     engine.close()
