@@ -61,7 +61,8 @@ def _pretrain(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from cromss_dist.parse import parse_run
-    from cromss_dist.pretrain import Preflight, report, run_in_process
+    from cromss_dist.pretrain import report, run_in_process
+    from cromss_dist.train.preflight import Preflight
 
     description = "Pretrains in this process, for debugging and small runs; launch/local.py starts many workers."
     parsed = parse_run(options.rest, prog="cromss pretrain", description=description)
@@ -69,7 +70,7 @@ def _pretrain(options: argparse.Namespace) -> None:
         print(Preflight.of(parsed.config.with_absolute_paths(), world_size=1).describe())
         return
     console = Console()
-    report(run_in_process(parsed.config, console), console)
+    report(run_in_process(parsed, console), console)
 
 
 def _add_replay(commands: Any) -> None:

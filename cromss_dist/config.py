@@ -481,6 +481,11 @@ class RunConfig:
             tracking = replace(tracking, uri=f"{sqlite}{Path(tracking.uri.removeprefix(sqlite)).absolute()}")
         return replace(self, data=data, tracking=tracking, output=str(Path(self.output).absolute()))
 
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow store of the run: the config's, or SQLite in the folder of runs."""
+        return self.tracking.uri or f"sqlite:///{Path(self.output).absolute() / 'mlflow.db'}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of JSON types."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]

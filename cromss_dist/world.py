@@ -40,7 +40,6 @@ class World:
         dist.all_reduce(total)
         return total
 
-
     def broadcast_json(self, value: Any) -> Any:
         """Rank 0's value of JSON types, on every rank; a collective call."""
         if self.size == 1:

@@ -8,8 +8,8 @@ import pytest
 from cromss_dist.config import DataConfig, EngineConfig, RunConfig, plan_batches
 from cromss_dist.errors import BatchError, ConfigError, CromssError
 from cromss_dist.parse import from_dict, known_keys, parse_run, write_yaml
-from cromss_dist.pretrain import Preflight
 from cromss_dist.schema import S2_9
+from cromss_dist.train.preflight import Preflight
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))

@@ -8,9 +8,12 @@ import pytest
 
 from cromss_dist.config import ReadingConfig, RunConfig, TrackingConfig
 from cromss_dist.errors import ConfigError
+from cromss_dist.export import model_name
 from cromss_dist.parse import parse_run
-from cromss_dist.pretrain import Preflight, git_revision, model_name, new_run_dir, tracking_uri_of
 from cromss_dist.schema import S2_9
+from cromss_dist.tracking.revision import git_revision
+from cromss_dist.train.preflight import Preflight
+from cromss_dist.train.run_folder import new_run_dir
 
 
 def test_runs_of_one_second_get_their_own_folders_with_the_resolved_config(tmp_path: Path) -> None:
@@ -25,7 +28,7 @@ def test_relative_paths_become_absolute_for_workers(monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     config = RunConfig().with_absolute_paths()
     assert config.data.shards == str(tmp_path / "shards")
-    assert tracking_uri_of(config) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert config.tracking_uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
     monkeypatch.setenv("HOME", "/home/her")
     for cache, absolute in (("cache", f"{tmp_path}/cache"), ("~/cache", "/home/her/cache"), (None, None)):
         data = replace(config.data, reading=ReadingConfig(cache=cache))
@@ -36,7 +39,7 @@ def test_relative_paths_become_absolute_for_workers(monkeypatch: pytest.MonkeyPa
         ("http://host:5000", "http://host:5000"),
     ):
         elsewhere = replace(RunConfig(), tracking=TrackingConfig(uri=uri)).with_absolute_paths()
-        assert tracking_uri_of(elsewhere) == absolute
+        assert elsewhere.tracking_uri == absolute
 
 
 def test_every_world_and_run_of_a_seed_has_the_same_split(synthetic_shards: Path) -> None:

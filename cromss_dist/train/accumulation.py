@@ -10,6 +10,7 @@ loss works on as many pixels at once; no activation of a network is alive then. 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Protocol
@@ -94,27 +95,34 @@ def _two_passes(
     draws_again = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with phase("forward"), draws_again, torch.no_grad(), engine.frozen_statistics():
         pairs = [forward(example.s1, example.s2) for example in micro_batches]
-    # In float32, so that the gradient is rounded to the logits' type only after the engine's loss scale, as in one pass.
-    joined = [torch.cat(list(branch)).float().requires_grad_() for branch in zip(*pairs, strict=True)]
-    del pairs
-    priors = [example.prior for example in micro_batches if example.prior is not None]
     with phase("loss"):
-        output = loss(
-            joined[0],
-            joined[1],
-            torch.cat([example.label for example in micro_batches]),
-            torch.cat(priors) if priors else None,
-            progress,
-            torch.cat([example.weights for example in micro_batches]),
-        )
-        slopes = torch.autograd.grad(output.total, joined)
-    sizes = [len(example.label) for example in micro_batches]
-    per_micro_batch = zip(*(torch.split(slope, sizes) for slope in slopes), strict=True)
-    for example, parts in zip(micro_batches, per_micro_batch, strict=True):
+        output, slopes = _slopes(pairs, micro_batches, loss, progress)
+    for example, parts in zip(micro_batches, slopes, strict=True):
         with phase("forward"):
             logits = forward(example.s1, example.s2)
         with phase("backward"):
             # Its gradient at the logits is `parts`; the engine takes a mean over micro batches, hence their number.
             pairings = [(x.float() * slope).sum() for x, slope in zip(logits, parts, strict=True)]
             engine.backward(len(micro_batches) * (pairings[0] + pairings[1]))
-    return LossOutput(output.total.detach(), output.parts, output.selection_s1, output.selection_s2, output.counts)
+    return output
+
+
+def _slopes(
+    pairs: Sequence[tuple[Tensor, Tensor]], micro_batches: Sequence[Example], loss: CromssLoss, progress: float
+) -> tuple[LossOutput, list[tuple[Tensor, ...]]]:
+    """The loss of all micro batches, and its gradient at both logits of each; keeps nothing else alive."""
+    # In float32, so that the gradient is rounded to the logits' type only after the engine's loss scale, as in one pass.
+    joined = [torch.cat(list(branch)).float().requires_grad_() for branch in zip(*pairs, strict=True)]
+    priors = [example.prior for example in micro_batches if example.prior is not None]
+    output = loss(
+        joined[0],
+        joined[1],
+        torch.cat([example.label for example in micro_batches]),
+        torch.cat(priors) if priors else None,
+        progress,
+        torch.cat([example.weights for example in micro_batches]),
+    )
+    slopes = torch.autograd.grad(output.total, joined)
+    sizes = [len(example.label) for example in micro_batches]
+    per_micro_batch = list(zip(*(torch.split(slope, sizes) for slope in slopes), strict=True))
+    return replace(output, total=output.total.detach()), per_micro_batch

@@ -39,6 +39,9 @@ def read_error(run_dir: Path) -> CromssError | None:
 
 def set_aside_errors(run_dir: Path) -> Path | None:
     """Moves what the ranks left, errors and stacks, into a folder of its own; None where they left nothing."""
+    for stacks in run_dir.glob(STACKS_FILE.format(rank="*")):
+        if stacks.stat().st_size == 0:  # of a rank that was killed
+            stacks.unlink()
     names = [HANG_FILE, _NAME.format(rank="*"), STACKS_FILE.format(rank="*")]
     left = [path for name in names for path in sorted(run_dir.glob(name))]
     if not left:

@@ -1,126 +1,190 @@
-"""The pretraining loop: batches, steps, validation; every length is in samples.
+"""The pretraining loop: batches, steps, checkpoints, validation; every length is in samples.
 
-Layer 3. Runs alike on every rank; only rank 0 holds a Record.
+Layer 3. Runs alike on every rank; only rank 0 holds a Record. A run can be cut anywhere and goes on from its last checkpoint as
+if it had not been: what comes next is a function of the state that `_state` lists and of nothing else.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from cromss_dist.config import BatchPlan, RunConfig
-from cromss_dist.data.loading.augment import eval_geometry, prepare, train_geometry
-from cromss_dist.data.loading.draws import Draws
-from cromss_dist.data.loading.loader import EvalLoader, TrainLoader
-from cromss_dist.data.loading.run_data import RunData
-from cromss_dist.errors import TrainingError
+from cromss_dist.data.loading.augment import prepare, train_geometry
+from cromss_dist.data.loading.draws import Draws, hash64
+from cromss_dist.data.loading.loader import TrainLoader
+from cromss_dist.errors import PreemptedError, StorageError, TrainingError
 from cromss_dist.losses import CromssLoss
-from cromss_dist.schema import MODALITIES, REFERENCE_ARRAY, Batch, Example, Modality
-from cromss_dist.tracking.panels import PanelSample, draw_panels
-from cromss_dist.train.engine import Engine
+from cromss_dist.schema import Batch, Example
+from cromss_dist.train.accumulation import accumulated_step
+from cromss_dist.train.checkpoint.reader import Saved
+from cromss_dist.train.checkpoint.store import Checkpoints
+from cromss_dist.train.engine import Engine, StepResult
+from cromss_dist.train.guard import Guard, Verdict
+from cromss_dist.train.hang import HangWatch
 from cromss_dist.train.meter import Meter
-from cromss_dist.train.metrics import ConfusionMatrix, Scores
+from cromss_dist.train.preflight import Preflight
+from cromss_dist.train.profile import Profile
 from cromss_dist.train.record import Record
-from cromss_dist.train.schedule import Plateau, Timeline, lr_factor
+from cromss_dist.train.replay import Bundle, Samples, has_room, write_bundle
+from cromss_dist.train.schedule import Plateau, lr_factor
+from cromss_dist.train.stop import StopRequest
+from cromss_dist.train.validation import Validator
 from cromss_dist.world import World
+
+Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Scores on the held-out locations, the same on every rank.
+class Safeguards:
+    """What keeps a run from being lost.
 
-    `noisy` is against the noisy labels, `reference` against reference labels where the archive has them; both by modality.
+    Args:
+        checkpoints: Where it is saved.
+        stop: Who may ask it to stop.
+        hang: Who sees that it hangs.
     """
 
-    losses: dict[str, float]
-    noisy: dict[str, Scores]
-    reference: dict[str, Scores] | None
-
-    def metrics(self) -> dict[str, float]:
-        """Under the names that MLflow shows. A class that neither label nor prediction has gets no figure."""
-        values = {f"val/loss/{name}": value for name, value in self.losses.items()}
-        for truth, scores_of in (("", self.noisy), ("reference_", self.reference or {})):
-            for modality, scores in scores_of.items():
-                values[f"val/{truth}miou_{modality}"] = scores.mean_iou
-                values[f"val/{truth}accuracy_{modality}"] = scores.overall_accuracy
-                for name, iou in scores.iou.items():
-                    values[f"val/{truth}iou_{modality}/{name}"] = iou
-        return {name: value for name, value in values.items() if math.isfinite(value)}
+    checkpoints: Checkpoints
+    stop: StopRequest
+    hang: HangWatch
 
 
 class Pretraining:
     """One run on this rank.
 
     Args:
-        config: The whole run.
-        plan: Batch arithmetic.
-        timeline: Steps and intervals.
+        preflight: Config, data, batch arithmetic, steps.
         world: This process among the others.
-        data: What is trained on and what is held out.
         engine: Model and optimiser.
         loss: CromSS.
+        safeguards: See there.
+        profile: Of a few steps.
+        record: On rank 0, where figures and pictures go.
     """
 
     def __init__(
         self,
-        config: RunConfig,
-        plan: BatchPlan,
-        timeline: Timeline,
+        preflight: Preflight,
         world: World,
-        data: RunData,
         engine: Engine,
         loss: CromssLoss,
+        safeguards: Safeguards,
+        profile: Profile,
+        record: Record | None,
     ) -> None:
-        self.config, self.plan, self.timeline, self.world = config, plan, timeline, world
-        self.data, self.engine, self.loss = data, engine, loss
-        self.patch_px = data.dataset.patch_px
-        self.plateau = Plateau(config.train)
-        side = 2**config.model.encoder_depth
+        self.preflight, self.world, self.engine, self.loss = preflight, world, engine, loss
+        self.safeguards, self.profile, self.record = safeguards, profile, record
+        self.config, self.timeline = preflight.config, preflight.timeline
+        self.plateau = Plateau(self.config.train)
+        self.guard = Guard(self.config.faults, world)
+        self.validator = Validator(preflight, world, engine, loss)
+        self.meter = Meter(world.device, self.timeline.global_batch)
+        self.loader = self._train_loader()
+        self.step = 0
+        """Optimiser steps taken or skipped."""
+        self.validated_step = -1
+        self.before: Metrics = {}
+        """Validation before the first step."""
+        self.after: Metrics = {}
+        """The last validation."""
         self.samples_per_s = 0.0  # of the last interval that was logged; the run's throughput once warmed up
-        self.val_crop_px = self.patch_px // side * side
+        self._replaced_before = 0
+        self._failures_told = 0
+        self._committed_told = safeguards.checkpoints.last_committed
+        self._saved_step = -1
 
-    def run(self, record: Record | None) -> tuple[Validation, Validation]:
-        """Trains to the end.
+    @property
+    def samples(self) -> int:
+        """Samples of the training line that were consumed, of all ranks."""
+        return self.step * self.timeline.global_batch
 
-        Args:
-            record: On rank 0, where figures and pictures go.
+    @property
+    def epochs(self) -> float:
+        """The same in epochs."""
+        return self.timeline.epochs(self.samples)
 
-        Returns:
-            The validation before the first and after the last step.
+    def resume(self, saved: Saved) -> None:
+        """Goes on where a checkpoint was saved, on any number of ranks; a collective call.
 
         Raises:
-            TrainingError: the loss is not finite.
+            CheckpointError: it is of other networks.
+            ConfigError: it is of another order of samples.
         """
-        train, timeline = self.config.train, self.timeline
-        first = last = self.validate(0, record)
-        meter = Meter(self.world.device, timeline.global_batch)
-        with self._train_loader() as batches:
-            for step in range(1, timeline.total_steps + 1):
-                samples = (step - 1) * timeline.global_batch
-                self.engine.lr = train.lr * lr_factor(train, timeline, samples) * self.plateau.factor
-                for _ in range(self.plan.accumulation_steps):
-                    with meter.phase("data"):
-                        batch = next(batches)
-                    self._micro_step(batch, timeline.epochs(samples), meter)
-                with meter.phase("optimizer"):
-                    result = self.engine.step()
-                meter.step_done(result.grad_norm, result.applied)
-                samples += timeline.global_batch
-                if step % train.log_every_steps == 0 or step == timeline.total_steps:
-                    self._log(meter, step, samples, len(batches.replaced), record)
-                if timeline.validates_after(step):
-                    with meter.phase("validation"):
-                        last = self.validate(step, record)
-                    self.plateau.update(last.losses["total"])
-        return first, last
+        state = saved.state
+        self.loader.load_state_dict(state["loader"])
+        self.engine.restore(saved.tensors, state["engine"])
+        self.plateau.load_state_dict(state["plateau"])
+        self.guard.load_state_dict(state["guard"])
+        self.step = self._saved_step = saved.step
+        self.validated_step = state["validated_step"]
+        self.before, self.after = state["before"], state["after"]
+        self.samples_per_s = state["samples_per_s"]
+        self._replaced_before = state["replaced"] if self.world.is_main else 0  # the sum over ranks
+
+    def run(self) -> None:
+        """Trains to the end.
+
+        Raises:
+            PreemptedError: someone asked the run to stop; it is saved.
+            DivergenceError: too many steps in a row were not finite.
+            TrainingError: the validation loss is not finite.
+            StorageError: it cannot be saved, and `checkpoint.on_failure` is 'stop'.
+        """
+        with self.loader, self.profile:
+            self._validate()
+            while self.step < self.timeline.total_steps:
+                self._beat("data")
+                verdict = self._train_step()
+                if verdict.stop:
+                    self._stop()
+                if self.step % self.config.train.log_every_steps == 0 or self.step == self.timeline.total_steps:
+                    self._log()
+                self._validate()
+                if self.timeline.saves_after(self.step) and not self.guard.in_streak:
+                    self._save()
+                self.profile.step()
+            self.safeguards.checkpoints.wait()
+            self._tell_of_savings()
+
+    def _train_step(self) -> Verdict:
+        meter, engine = self.meter, self.engine
+        torch.manual_seed(int(hash64(self.config.seed, self.step, self.world.rank)[0]))
+        engine.lr = self.config.train.lr * lr_factor(self.config.train, self.timeline, self.samples) * self.plateau.factor
+        progress = self.epochs
+        examples = [self._next_example() for _ in range(self.preflight.plan.accumulation_steps)]
+        out = accumulated_step(engine.forward, examples, self.loss, progress, engine, meter.phase)
+        with meter.phase("optimizer"):
+            self._beat("the vote on a step")
+            verdict = self.guard.judge(out.total, self.safeguards.stop.wanted)
+            result = engine.step(veto=verdict.skip)
+        self.step += 1
+        meter.add(out)
+        meter.step_done(result.grad_norm, result.applied)
+        if reason := self.guard.settle(verdict, result, self.step):
+            self._tell_of_bad_step(reason, verdict, result, progress)
+            self.guard.check(self.safeguards.hang.run_dir, self.safeguards.checkpoints.last_committed)
+        return verdict
+
+    def _next_example(self) -> Example:
+        with self.meter.phase("data"):
+            self._beat("reading a batch")
+            batch = next(self.loader)
+        self._beat("computing a step")
+        with self.meter.phase("transforms"):
+            return self._example(batch)
+
+    def _example(self, batch: Batch) -> Example:
+        data, loss = self.config.data, self.config.loss
+        drawn = Draws(self.config.seed, batch.epochs.numpy(), batch.sample_ids.numpy())
+        patch_px = self.preflight.data.dataset.patch_px
+        geometry = train_geometry(drawn, patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
+        return prepare(batch, geometry, data.s1_bands, data.s2_bands, loss.prior, self.world.device)
 
     def _train_loader(self) -> TrainLoader:
         reading = self.config.data.reading
         return TrainLoader(
-            plan=self.data.train_plan(self.plan, self.world.rank),
+            plan=self.preflight.data.train_plan(self.preflight.plan, self.world.rank),
             threads=reading.threads,
             workers=reading.workers,
             prefetch=reading.prefetch_batches,
@@ -130,129 +194,140 @@ class Pretraining:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def _eval_loader(self) -> EvalLoader:
-        reading = self.config.data.reading
-        return EvalLoader(
-            plan=self.data.eval_plan(self.plan, self.world.rank),
-            threads=reading.threads,
-            prefetch=reading.prefetch_batches,
-            lookahead=reading.lookahead_batches,
-            timeout_s=reading.timeout_s,
-            pin_memory=self.world.device.type == "cuda",
+    def _beat(self, place: str) -> None:
+        self.safeguards.hang.beat(f"{place}, step {self.step + 1}")
+
+    @property
+    def _num_replaced(self) -> int:
+        return self._replaced_before + len(self.loader.replaced)
+
+    def _log(self) -> None:
+        values = self.meter.read(
+            self.world,
+            lr=self.engine.lr,
+            epochs=self.epochs,
+            loss_scale=self.engine.loss_scale,
+            num_replaced=self._num_replaced if self.config.data.reading.on_corrupt == "replace" else None,
+            counters=self.guard.counters,
         )
-
-    def _micro_step(self, batch: Batch, progress_epochs: float, meter: Meter) -> None:
-        example = self._example(batch)
-        with meter.phase("forward"):
-            logits = self.engine.forward(example.s1, example.s2)
-        with meter.phase("loss"):
-            out = self.loss(*logits, example.label, example.prior, progress_epochs, example.weights)
-        with meter.phase("backward"):
-            self.engine.backward(out.total)
-        meter.add(out)
-
-    def _example(self, batch: Batch) -> Example:
-        data, loss = self.config.data, self.config.loss
-        drawn = Draws(self.config.seed, batch.epochs.numpy(), batch.sample_ids.numpy())
-        geometry = train_geometry(drawn, self.patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
-        return prepare(batch, geometry, data.s1_bands, data.s2_bands, loss.prior, self.world.device)
-
-    def _log(self, meter: Meter, step: int, samples: int, num_replaced: int, record: Record | None) -> None:
-        replaces = self.config.data.reading.on_corrupt == "replace"
-        values = meter.read(
-            self.world, self.engine.lr, self.timeline.epochs(samples), num_replaced=num_replaced if replaces else None
-        )
-        _require_finite("training", values["train/loss/total"], step)
         self.samples_per_s = values["perf/samples_per_s"]
-        if record:
-            record.metrics(values, step, samples)
+        if self.record:
+            self.record.metrics(values, self.step, self.samples)
+        self._look_at_saving()
 
-    @torch.no_grad()
-    def validate(self, step: int, record: Record | None) -> Validation:
-        """Scores every held-out (location, season) once; a collective call.
-
-        Args:
-            step: Optimiser step, for the record.
-            record: On rank 0, where figures and pictures go.
-        """
-        data, device = self.config.data, self.world.device
-        samples = step * self.timeline.global_batch
-        has_reference = REFERENCE_ARRAY in self.data.dataset.arrays
-        matrices = {m: ConfusionMatrix(device) for m in MODALITIES}
-        reference_matrices = {m: ConfusionMatrix(device) for m in MODALITIES}
-        sums: Tensor | None = None
-        panels: list[PanelSample] = []
-        # Counted, not measured by what was found: the loss below is a collective call.
-        num_panel_batches = math.ceil(self.config.train.panel_samples * len(data.val_seasons) / self.plan.micro_batch)
-        self.engine.average_running_statistics()
-        self.engine.train(False)
-        with self._eval_loader() as loader:
-            for number, batch in enumerate(loader):
-                geometry = eval_geometry(len(batch.keys), self.patch_px, self.val_crop_px)
-                example = prepare(batch, geometry, data.s1_bands, data.s2_bands, "none", device)
-                logits = dict(zip(MODALITIES, self.engine.forward(example.s1, example.s2), strict=True))
-                part = self.loss.validation_sums(logits["s1"], logits["s2"], example.label, example.weights)
-                sums = part if sums is None else sums + part
-                predictions = {modality: of_modality.argmax(1) for modality, of_modality in logits.items()}
-                for modality, prediction in predictions.items():
-                    matrices[modality].add(example.label, prediction, example.weights)
-                    if example.reference is not None:
-                        reference_matrices[modality].add(example.reference, prediction, example.weights)
-                if number < num_panel_batches:
-                    panels += self._panels(batch, example, logits, predictions, self.timeline.epochs(samples))
-        self.engine.train(True)
-        assert sums is not None, "a loader without a batch refuses to be made"
-        losses = {name: float(value) for name, value in self.loss.validation_loss(self.world.reduce_sum(sums)).items()}
-        _require_finite("validation", losses["total"], step)
-        validation = Validation(
-            losses,
-            {m: matrix.scores(self.world.reduce_sum) for m, matrix in matrices.items()},
-            {m: matrix.scores(self.world.reduce_sum) for m, matrix in reference_matrices.items()} if has_reference else None,
-        )
-        if record:
-            record.validation(validation.metrics(), step, samples)
-            title = f"{self.config.name}, after {self.timeline.epochs(samples):.4g} epochs"
-            picture = draw_panels(panels[: self.config.train.panel_samples], data.s1_bands, data.s2_bands, title)
-            record.picture(f"panels/step_{step:07d}.png", picture)
-        return validation
-
-    def _panels(
-        self,
-        batch: Batch,
-        example: Example,
-        logits: Mapping[Modality, Tensor],
-        predictions: Mapping[Modality, Tensor],
-        progress_epochs: float,
-    ) -> list[PanelSample]:
-        """Rows of the prediction panel, one season a location if there are enough; a collective call where the loss is global."""
-        seasons = self.config.data.val_seasons
-        one_season_each = len(self.data.validation.ids) >= self.config.train.panel_samples
-        places = np.searchsorted(self.data.validation.ids, batch.sample_ids.numpy())
-        out = self.loss(logits["s1"], logits["s2"], example.label, None, progress_epochs, example.weights)
-
-        def array(values: Tensor, sample: int) -> np.ndarray:
-            return values[sample].float().cpu().numpy()
-
-        return [
-            PanelSample(
-                key=key,
-                season=int(batch.seasons[i]),
-                s1=array(example.s1, i),
-                s2=array(example.s2, i),
-                label=array(example.label, i).astype(np.uint8),
-                prediction_s1=array(predictions["s1"], i).astype(np.uint8),
-                prediction_s2=array(predictions["s2"], i).astype(np.uint8),
-                weights_s1=array(out.selection_s1, i),
-                weights_s2=array(out.selection_s2, i),
-                reference=None if example.reference is None else array(example.reference, i).astype(np.uint8),
+    def _validate(self) -> None:
+        """Validates where that is due and was not done, also after a resume."""
+        if not self.timeline.validates_after(self.step) or self.validated_step == self.step:
+            return
+        with self.meter.phase("validation"):
+            validation = self.validator.run(self.epochs, self._goes_on)
+        if validation is None:
+            self._stop()
+        loss = validation.losses["total"]
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The validation loss is {loss} at step {self.step}; a smaller train.lr, engine.grad_clip or "
+                "engine.precision=fp32 may help."
             )
-            for i, key in enumerate(batch.keys)
-            if batch.weights[i] > 0 and (not one_season_each or batch.seasons[i] == seasons[places[i] % len(seasons)])
-        ]
+        self.after = validation.metrics()
+        self.before = self.before or self.after
+        self.validated_step = self.step
+        self.plateau.update(loss)
+        if self.record:
+            self.record.validation(self.after, self.step, self.samples)
+            self.record.picture(f"panels/step_{self.step:07d}.png", self.validator.draw(validation, self.epochs))
 
+    def _goes_on(self, place: str) -> bool:
+        self._beat(place)
+        wanted = torch.tensor([float(self.safeguards.stop.wanted)], device=self.world.device)
+        return float(self.world.reduce_sum(wanted)) == 0
 
-def _require_finite(name: str, loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"The {name} loss is {loss} at step {step}; a smaller train.lr, engine.grad_clip or engine.precision=fp32 may help."
-        )
+    def _save(self) -> None:
+        """Takes a snapshot and has it written while training goes on."""
+        self._beat("saving")
+        self._saved_step = self.step
+        with self.meter.phase("checkpoint"):
+            self.safeguards.checkpoints.save(self.step, self._state(), self.engine.snapshot())
+        self._tell_of_savings()
+
+    def _state(self) -> dict[str, Any]:
+        """All that what comes next depends on, beside the tensors: JSON types; a collective call."""
+        replaced = torch.tensor([self._num_replaced], dtype=torch.float64, device=self.world.device)
+        return {
+            "config": self.config.to_dict(),
+            "samples": self.samples,
+            "loader": self.loader.state_dict(),
+            "engine": self.engine.state(),
+            "plateau": self.plateau.state_dict(),
+            "guard": self.guard.state_dict(),
+            "validated_step": self.validated_step,
+            "before": self.before,
+            "after": self.after,
+            "samples_per_s": self.samples_per_s,
+            "replaced": int(self.world.reduce_sum(replaced)),
+        }
+
+    def _stop(self) -> NoReturn:
+        """Saves, and ends the run so that it can go on."""
+        run_dir, checkpoints = self.safeguards.hang.run_dir, self.safeguards.checkpoints
+        if self.record:
+            self.record.stopping(self.step, "it was asked to")
+        if self._saved_step != self.step and not self.guard.in_streak:
+            self._save()
+        self._beat("waiting for the checkpoint")
+        checkpoints.wait()
+        self._tell_of_savings()
+        kept = checkpoints.last_committed
+        state = "nothing of it is saved" if kept is None else f"it is saved up to step {kept}"
+        raise PreemptedError(f"The run was asked to stop after step {self.step}; {state}. Go on with --resume {run_dir}.")
+
+    def _look_at_saving(self) -> None:
+        """Takes note of a saving that has come to its end on all ranks; a collective call."""
+        busy = torch.tensor([float(not self.safeguards.checkpoints.ended)], device=self.world.device)
+        if float(self.world.reduce_sum(busy)) == 0:
+            self.safeguards.checkpoints.wait()
+            self._tell_of_savings()
+
+    def _tell_of_savings(self) -> None:
+        """Events of what was saved, and of what could not be, once each."""
+        checkpoints = self.safeguards.checkpoints
+        committed, told = checkpoints.last_committed, self._committed_told
+        failures, self._failures_told = checkpoints.failures[self._failures_told :], len(checkpoints.failures)
+        self._committed_told = committed
+        if self.record is None:
+            return
+        if committed is not None and committed != told:
+            self.record.checkpoint(committed, str(checkpoints.path(committed)), checkpoints.last_seconds)
+        for reason in failures:
+            self.record.event("stage", text=f"a checkpoint could not be written: {reason}")
+
+    def _tell_of_bad_step(self, reason: str, verdict: Verdict, result: StepResult, progress: float) -> None:
+        """An event, and a replay bundle while there is room for one; a collective call."""
+        run_dir, device = self.safeguards.hang.run_dir, self.world.device
+        folder: str | None = None
+        if has_room(run_dir, self.config.faults.bundles, self.world):
+            weights = self.engine.state_dict()
+            if self.record:
+                samples = self.samples - self.timeline.global_batch
+                bundle = Bundle(
+                    reason=reason,
+                    step=self.step,
+                    samples_seen=samples,
+                    progress_epochs=progress,
+                    loss=verdict.loss,
+                    grad_norm=result.grad_norm,
+                    weights_of="after" if result.applied else "before",
+                    precision=self.engine.precision,
+                    device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                    plan=self.preflight.plan,
+                    datasets=tuple(source.dataset.digest for source in self.preflight.data.train),
+                    samples=Samples.of(self.preflight.data, self.preflight.plan, samples),
+                )
+                try:
+                    folder = str(write_bundle(run_dir, bundle, self.config, weights))
+                except StorageError as error:  # the run needs no bundle
+                    self.record.event("stage", text=str(error))
+        if self.record and verdict.spike:
+            self.record.spike(self.step, reason, not result.applied, folder)
+        elif self.record:
+            self.record.bad_step(self.step, reason, folder)

@@ -6,11 +6,14 @@ Layer 3. Ranks see the wish at different times, so the loop sums it over ranks b
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 STOP_FILE = "stop"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of schedulers and of who takes a machine back
 LOOK_S = 1.0  # the folder may be on a network: a step must not wait for it
 
 
@@ -32,7 +35,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+            self._former = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -51,9 +54,25 @@ class StopRequest:
         self._wanted = True
 
 
+@contextmanager
+def passing_on_signals(run_dir: Path) -> Iterator[None]:
+    """Writes the file where SIGTERM or SIGUSR1 reaches this process, a launcher, whose ranks are other processes."""
+    former = {number: signal.signal(number, lambda *_: request_stop(run_dir)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 def request_stop(run_dir: Path) -> None:
     """Asks the ranks of a run to save and to stop."""
     (run_dir / STOP_FILE).touch()
+
+
+def stop_requested(run_dir: Path) -> bool:
+    """Whether somebody asked."""
+    return (run_dir / STOP_FILE).exists()
 
 
 def forget_stop(run_dir: Path) -> None:

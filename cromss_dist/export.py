@@ -1,0 +1,148 @@
+"""The encoders of a finished run as packages, in its folder and in the registry.
+
+Layer 4. Only rank 0 exports.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from cromss_dist import __version__
+from cromss_dist.config import RunConfig
+from cromss_dist.errors import StorageError
+from cromss_dist.models.encoder import stage_channels
+from cromss_dist.models.two_branch import TwoBranchUNet
+from cromss_dist.schema import MODALITIES, Modality
+from cromss_dist.tracking.card import EncoderCard
+from cromss_dist.tracking.package import write_package
+from cromss_dist.tracking.registry import Registry
+from cromss_dist.tracking.revision import git_revision
+from cromss_dist.tracking.runs import flatten
+from cromss_dist.train.loop import Pretraining
+from cromss_dist.train.preflight import Preflight
+from cromss_dist.train.record import Record
+from cromss_dist.train.run_folder import WEIGHTS_FILE, RunSummary, write_summary
+
+_VERSIONED = ("torch", "segmentation-models-pytorch", "timm", "deepspeed")
+
+
+def export(
+    weights: dict[str, torch.Tensor],
+    model: TwoBranchUNet,
+    preflight: Preflight,
+    trainer: Pretraining,
+    run_dir: Path,
+    record: Record,
+) -> RunSummary:
+    """Writes the weights, the packages of both encoders and the summary of a run, and registers the encoders.
+
+    Args:
+        weights: Of the networks, on the CPU.
+        model: The networks, for their sizes.
+        preflight: Of the run.
+        trainer: That has run.
+        run_dir: Folder of the run.
+        record: Of the run.
+
+    Raises:
+        StorageError: a file cannot be written.
+        RegistryError: the registry cannot be reached.
+    """
+    config = preflight.config
+    record.event("stage", text="writing encoder packages")
+    _save_weights(weights, run_dir / WEIGHTS_FILE)
+    packages = {m: _write_package(m, model, weights, preflight, trainer.after, run_dir, record) for m in MODALITIES}
+    registered = _register(packages, config, record) if config.tracking.register else {}
+    record.tracker.flush()
+    summary = RunSummary(
+        run_dir=str(run_dir),
+        run_id=record.tracker.run_id,
+        tracking_uri=config.tracking_uri,
+        num_train=preflight.data.num_train,
+        num_val=len(preflight.data.validation.ids),
+        samples=trainer.samples,
+        samples_per_s=trainer.samples_per_s,
+        before=trainer.before,
+        after=trainer.after,
+        registered=registered,
+        packages={m: str(folder) for m, folder in packages.items()},
+    )
+    write_summary(run_dir, summary)
+    return summary
+
+
+def _save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(weights, path)
+    except SafetensorError as error:  # is no OSError, whatever the system said
+        raise StorageError(f"{path} cannot be written: {error}. Check the disk's free space and run it again.") from error
+
+
+def _write_package(
+    modality: Modality,
+    model: TwoBranchUNet,
+    weights: dict[str, torch.Tensor],
+    preflight: Preflight,
+    metrics: dict[str, float],
+    run_dir: Path,
+    record: Record,
+) -> Path:
+    """The package of one encoder, in the run's folder."""
+    config = preflight.config
+    bands = config.data.s1_bands if modality == "s1" else config.data.s2_bands
+    channels, strides = stage_channels(model.encoders[modality])
+    prefix = f"encoders.{modality}."
+    card = EncoderCard(
+        modality=modality,
+        bands=bands,
+        normalisation=preflight.data.dataset.normalisation(modality).select(bands),
+        encoder=config.model.encoder,
+        depth=config.model.encoder_depth,
+        in_channels=len(bands),
+        out_channels=channels,
+        strides=strides,
+        fusion=config.model.fusion,
+        config_digest=config.digest,
+        manifest_digest=preflight.data.dataset.digest,
+        run_id=record.tracker.run_id,
+        git_revision=git_revision(),
+        versions={"cromss_dist": __version__} | {name: version(name) for name in _VERSIONED},
+        recipe=flatten(_recipe(config)),
+        metrics={name: value for name, value in metrics.items() if f"_{modality}" in name},
+        licence=config.tracking.licence,
+    )
+    folder = run_dir / "encoders" / modality
+    write_package(folder, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, card)
+    return folder
+
+
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    """What of a config made the weights: no folders, no tracking, no processes."""
+    content = {
+        key: value for key, value in config.to_dict().items() if key in ("seed", "data", "model", "loss", "train", "engine")
+    }
+    content["data"]["weights"] = list(config.data.weights.values())
+    for name in ("shards", "reading"):
+        del content["data"][name]
+    del content["data"]["filter"]["quality"]
+    return content
+
+
+def _register(packages: dict[Modality, Path], config: RunConfig, record: Record) -> dict[str, int]:
+    """Registers both encoders; returns model name -> version."""
+    registry = Registry(config.tracking_uri)
+    registered: dict[str, int] = {}
+    for modality, folder in packages.items():
+        name = model_name(config, modality)
+        registered[name] = registry.register(folder, name, record.tracker.run_id, alias=config.tracking.alias).version
+        record.event("stage", text=f"registered {name} version {registered[name]} as @{config.tracking.alias}")
+    return registered
+
+
+def model_name(config: RunConfig, modality: Modality) -> str:
+    """Name of an encoder in the registry: `<prefix>-<encoder>-<modality>`."""
+    return f"{config.tracking.model_prefix}-{config.model.encoder}-{modality}"

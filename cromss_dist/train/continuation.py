@@ -1,0 +1,42 @@
+"""Whether a run may go on from a checkpoint: what of its config must be as it was, and what may change.
+
+Layer 3.
+"""
+
+from typing import Any
+
+from cromss_dist.config import RunConfig
+from cromss_dist.errors import CheckpointError
+from cromss_dist.parse import from_dict
+from cromss_dist.tracking.runs import flatten
+
+# What decides the networks, the loss and the line of samples. The loader compares the datasets themselves, wherever they lie.
+_FIXED = ("seed", "data.", "model.", "loss.", "engine.global_batch", "engine.batch_norm")
+_FREE_OF_THESE = ("data.shards", "data.reading.", "data.filter.quality")
+_NOT_TOLD = ("name", "output", "data.shards")
+
+
+def changes_of(saved: dict[str, Any], config: RunConfig) -> list[str]:
+    """What of a run's config is no longer as it was when a checkpoint was saved.
+
+    Where it runs (ranks, micro batch, ZeRO stage, precision, reading) may change, and so may its length and rate.
+
+    Args:
+        saved: The config in the checkpoint, as `RunConfig.to_dict` gave it.
+        config: The config to go on with.
+
+    Returns:
+        `key old -> new` of each difference.
+
+    Raises:
+        CheckpointError: something differs that makes it another run.
+    """
+    old, new = flatten(from_dict(saved).to_dict()), flatten(config.to_dict())
+    differing = {key: f"{key} was {old.get(key)} and is {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)}
+    fatal = [text for key, text in differing.items() if key.startswith(_FIXED) and not key.startswith(_FREE_OF_THESE)]
+    if fatal:
+        raise CheckpointError(
+            f"The run's checkpoints are of another config: {'; '.join(fatal)}. Go on with the values that it had, or start a "
+            "new run without --resume."
+        )
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in differing if not key.startswith(_NOT_TOLD)]

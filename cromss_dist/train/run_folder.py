@@ -1,0 +1,106 @@
+"""The folder of a run: how it is made, who works in it, what a finished run leaves.
+
+Layer 3.
+"""
+
+import fcntl
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from cromss_dist.config import RunConfig
+from cromss_dist.data.staging import write_atomically
+from cromss_dist.errors import HangError, OutputExistsError, PreemptedError, TrainingError
+from cromss_dist.parse import CONFIG_FILE, to_yaml, write_yaml
+from cromss_dist.train.failure import set_aside_errors
+from cromss_dist.train.stop import forget_stop
+
+SUMMARY_FILE = "summary.json"
+WEIGHTS_FILE = "model.safetensors"
+_LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run leaves; also written as `summary.json` into its folder."""
+
+    run_dir: str
+    run_id: str
+    tracking_uri: str
+    num_train: int
+    num_val: int
+    samples: int
+    samples_per_s: float
+    before: dict[str, float]  # validation metrics before the first step
+    after: dict[str, float]  # and after the last
+    registered: dict[str, int]  # model name -> version, empty where tracking.register is false
+    packages: dict[str, str]  # modality -> folder
+
+
+def write_summary(run_dir: Path, summary: RunSummary) -> None:
+    """Marks a run as finished."""
+    write_atomically(run_dir / SUMMARY_FILE, (json.dumps(asdict(summary), indent=2) + "\n").encode())
+
+
+def read_summary(run_dir: Path) -> RunSummary | None:
+    """What a finished run left; None where it is not finished."""
+    path = run_dir / SUMMARY_FILE
+    return RunSummary(**json.loads(path.read_text())) if path.exists() else None
+
+
+def open_run_dir(config: RunConfig, resume: Path | None) -> Path:
+    """The folder of a run that starts; or one to go on in, whose `config.yaml` is the config from now on."""
+    if resume is None:
+        return new_run_dir(config)
+    write_atomically(resume / CONFIG_FILE, to_yaml(config).encode())
+    return resume
+
+
+def new_run_dir(config: RunConfig) -> Path:
+    """Creates the run's folder `<output>/<name>-<time>` with the resolved config in it."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        run_dir = Path(config.output).absolute() / f"{config.name}-{stamp}{suffix}"
+        try:
+            run_dir.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        write_yaml(config, run_dir / CONFIG_FILE)
+        return run_dir
+    raise OutputExistsError(f"{run_dir} and 99 like it exist; set name or output to something else.")
+
+
+@contextmanager
+def working_in(run_dir: Path, command: str) -> Iterator[None]:
+    """Holds a run's folder, clears what ended an earlier attempt, and says after an error how the run goes on.
+
+    Args:
+        run_dir: Folder of the run.
+        command: What `--resume` is an argument of: `cromss pretrain`.
+
+    Raises:
+        OutputExistsError: another launcher works in it.
+    """
+    lock = os.open(run_dir / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputExistsError(
+                f"Another process runs {run_dir}, and two in one folder would spoil its checkpoints; let it end, or ask it to "
+                f"stop with: touch {shlex.quote(str(run_dir / 'stop'))}"
+            ) from error
+        forget_stop(run_dir)
+        set_aside_errors(run_dir)
+        try:
+            yield
+        except (PreemptedError, HangError, TrainingError) as error:
+            error.add_note(f"It goes on with: {command} --resume {shlex.quote(str(run_dir))}")
+            raise
+    finally:
+        os.close(lock)

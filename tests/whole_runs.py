@@ -1,0 +1,90 @@
+"""Whole runs on real ranks that leave, beside what every run leaves, a line for each step: its loss and its samples."""
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cromss_dist.config import RunConfig
+from cromss_dist.data.loading.loader import TrainLoader
+from cromss_dist.parse import CONFIG_FILE, from_dict, write_yaml
+from cromss_dist.pretrain import pretrain
+from cromss_dist.schema import Batch
+from cromss_dist.train.engine import StepResult
+from cromss_dist.train.guard import Guard, Verdict
+from cromss_dist.world import World
+from tests.ranks import Ranks
+
+
+def traced_run(world: World, run_dir: Path, config: dict[str, Any]) -> None:
+    """A rank of a run, as a launcher starts it."""
+    trace_steps(run_dir, world.rank)
+    pretrain(from_dict(config), run_dir)
+
+
+def trace_steps(run_dir: Path, rank: int) -> None:
+    """Has this process note each step that it takes."""
+    read, settle = TrainLoader.__next__, Guard.settle
+    ids: list[tuple[int, int, int]] = []
+
+    def next_batch(self: TrainLoader) -> Batch:
+        batch = read(self)
+        ids.extend(zip(batch.epochs.tolist(), batch.sample_ids.tolist(), batch.seasons.tolist(), strict=True))
+        return batch
+
+    def settle_and_note(self: Guard, verdict: Verdict, result: StepResult, step: int) -> str | None:
+        with (run_dir / f"steps-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "loss": verdict.loss, "applied": result.applied, "ids": ids}) + "\n")
+        ids.clear()
+        return settle(self, verdict, result, step)
+
+    TrainLoader.__next__ = next_batch  # type: ignore[method-assign]
+    Guard.settle = settle_and_note  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run computed; of a step that was computed more than once, the last time."""
+
+    losses: dict[int, float]
+    ids: dict[int, list[tuple[int, ...]]]  # of the global batch, in the order of ranks
+    num_computed: int  # steps, those again included
+
+
+def trace_of(run_dir: Path) -> Trace:
+    """Reads what `trace_steps` noted, of all ranks of all attempts."""
+    losses: dict[int, float] = {}
+    ids: dict[int, dict[int, list[tuple[int, ...]]]] = {}
+    num_computed = 0
+    for path in sorted(run_dir.glob("steps-*.jsonl")):
+        rank = int(path.stem.removeprefix("steps-"))
+        for line in path.read_text().splitlines():
+            note = json.loads(line)
+            num_computed += rank == 0
+            if rank == 0:
+                losses[note["step"]] = note["loss"]
+            ids.setdefault(note["step"], {})[rank] = [tuple(place) for place in note["ids"]]
+    return Trace(losses, {step: sum((of[r] for r in sorted(of)), []) for step, of in ids.items()}, num_computed)
+
+
+def start_folder(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Makes the folder of a run; returns what `traced_run` takes."""
+    folder.mkdir(parents=True)
+    write_yaml(config, folder / CONFIG_FILE)
+    return config.to_dict()
+
+
+def run_and_kill(run_dir: Path, config: dict[str, Any], world: int, steps: int, draws: random.Random) -> None:
+    """Runs until about `steps` more steps were computed, then kills a random rank at a random moment, and waits for the rest."""
+    before = trace_of(run_dir).num_computed
+    with Ranks(traced_run, world, run_dir, config) as ranks:
+        deadline = time.monotonic() + 100
+        while trace_of(run_dir).num_computed < before + steps:
+            assert time.monotonic() < deadline, "the run does not get on"
+            time.sleep(0.01)
+        time.sleep(draws.uniform(0, 0.3))
+        os.kill(ranks.pids[draws.randrange(world)], signal.SIGKILL)
