@@ -94,7 +94,7 @@ def summary(profiler: profile) -> str:
     collectives = [row for row in on_host if row.key.startswith(_COLLECTIVES)]
     ranges = [(row.key.removeprefix(_RANGE), row.cpu_time_total) for row in on_host if row.key.startswith(_RANGE)]
     total = steps.cpu_time_total
-    lines = [f"{steps.count} steps, {_ms(total / steps.count)} ms each", "", f"{'range':<60}{'ms a step':>12}{'share':>8}"]
+    lines = [f"{steps.count} steps, {total / steps.count / 1000:.2f} ms each", "", f"{'range':<60}{'ms a step':>12}{'share':>8}"]
     for name, time in sorted(ranges, key=lambda item: -item[1]):
         lines.append(f"{name:<60}{_ms(time / steps.count)}{time / total:>8.1%}")
     time = sum(row.cpu_time_total for row in collectives)
