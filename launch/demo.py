@@ -19,8 +19,8 @@ from cromss_dist import load_encoder
 from cromss_dist.data.store.index import ShardIndex, open_shards
 from cromss_dist.errors import main_guard
 from cromss_dist.parse import parse_run
-from cromss_dist.pretrain import SUMMARY_FILE, RunSummary
 from cromss_dist.schema import MODALITIES
+from cromss_dist.train.run_folder import SUMMARY_FILE, RunSummary
 
 CONFIG = "configs/pretrain/demo.yaml"
 FULL_CONFIG = "configs/pretrain/resnet50_13b_middle.yaml"

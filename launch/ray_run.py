@@ -3,19 +3,23 @@
 Layer 5.
 """
 
-import json
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cromss_dist import errors
 from cromss_dist.config import RunConfig
-from cromss_dist.errors import ConfigError, CromssError, TrainingError
-from cromss_dist.pretrain import SUMMARY_FILE, RunSummary
+from cromss_dist.errors import ConfigError, HangError, PreemptedError, TrainingError
+from cromss_dist.train.failure import read_error, set_aside_errors
+from cromss_dist.train.record import EVENTS_FILE, append_event
+from cromss_dist.train.run_folder import RunSummary, read_summary
+from cromss_dist.train.stop import SIGNALS, passing_on_signals, stop_requested
 from cromss_dist.world import COLLECTIVE_TIMEOUT_S, choose_device
 from launch.parallel import cluster
-from launch.worker import ERROR_FILE, quiet, work
+from launch.worker import quiet, work
 
 
 def num_workers(config: RunConfig) -> int:
@@ -36,52 +40,96 @@ def num_workers(config: RunConfig) -> int:
     return wish or num_gpus
 
 
-def run_on_ray(config: RunConfig, run_dir: Path) -> RunSummary:
+def run_on_ray(config: RunConfig, run_dir: Path, *, fresh: bool = False, profile: bool = False) -> RunSummary:
     """Runs a pretraining on workers that Ray starts on this machine.
+
+    Workers that die or hang are started again up to `launch.max_restarts` times, and the run goes on from its last
+    checkpoint; the run's events say why. SIGTERM and SIGUSR1 make the workers save and stop.
 
     Args:
         config: The whole run.
         run_dir: Its folder, made by `new_run_dir`.
+        fresh: Whether its checkpoints are set aside.
+        profile: Whether a few steps are traced.
 
     Raises:
         CromssError: the error of a worker, with its own type and exit code.
-        TrainingError: a worker died without saying why; the message names Ray's log folder.
+        PreemptedError: the run was asked to stop and is saved.
+        HangError: the workers hung once more than they may be restarted.
+        TrainingError: a worker died without saying why once more than that; the message names Ray's log folder.
     """
-    workers, cpus = num_workers(config), config.launch.cpus_per_worker
+    cpus = num_workers(config) * config.launch.cpus_per_worker
+    with passing_on_signals(run_dir), ExitStack() as stack:
+        with _signals_held():
+            logs = stack.enter_context(cluster(cpus, setup_hook=quiet))
+            stack.enter_context(passing_on_signals(run_dir))  # again: Ray has set a handler of its own
+        for restarts_left in range(config.launch.max_restarts, -1, -1):
+            try:
+                _run_workers(config, {"config": config.to_dict(), "run_dir": str(run_dir), "fresh": fresh, "profile": profile})
+                summary = read_summary(run_dir)
+                assert summary is not None, "rank 0 leaves it"
+                return summary
+            except Exception as error:
+                told = read_error(run_dir)
+                if told is not None and not isinstance(told, HangError):
+                    raise told from error
+                reason = told or TrainingError(
+                    f"A worker died without a message of its own: {str(error).strip().splitlines()[-1]} Ray's logs are in {logs}."
+                )
+                if stop_requested(run_dir):
+                    raise PreemptedError(f"The run was asked to stop, and ended before it was saved again: {reason}") from error
+                if not restarts_left:
+                    raise reason from error
+            _tell(run_dir, f"{reason} The workers start again; restarts that are left after this one: {restarts_left - 1}.")
+            set_aside_errors(run_dir)
+            fresh = False  # the checkpoints of this attempt are the run's
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _run_workers(config: RunConfig, arguments: dict[str, Any]) -> None:
+    """Starts all workers once and waits for them."""
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     on_gpu = choose_device(config.engine.device).type == "cuda"
-    with cluster(workers * cpus, setup_hook=quiet) as logs:
-        from ray.train import FailureConfig, ScalingConfig
-        from ray.train import RunConfig as RayRunConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        trainer = TorchTrainer(
-            work,
-            train_loop_config={"config": config.to_dict(), "run_dir": str(run_dir)},
-            scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=on_gpu, resources_per_worker={"CPU": cpus, "GPU": int(on_gpu)}
-            ),
-            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-            run_config=RayRunConfig(name="ray", storage_path=str(run_dir), failure_config=FailureConfig(max_failures=0)),
-        )
-        handler = signal.getsignal(signal.SIGINT)
-        try:
-            trainer.fit()
-        except SystemExit as stop:  # Ray's own handler of Ctrl-C aborts the workers and exits
-            raise KeyboardInterrupt from stop
-        except Exception as error:
-            raise _error_of_worker(run_dir) or TrainingError(
-                f"A worker failed without a message of its own: {str(error).strip().splitlines()[-1]} Ray's logs are in {logs}."
-            ) from error
-        finally:
-            signal.signal(signal.SIGINT, handler)
-    return RunSummary(**json.loads((run_dir / SUMMARY_FILE).read_text()))
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=arguments,
+        scaling_config=ScalingConfig(
+            num_workers=num_workers(config),
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": config.launch.cpus_per_worker, "GPU": int(on_gpu)},
+        ),
+        # A rank that hangs must end by our watch, which says more, before the collectives of the others do.
+        torch_config=TorchConfig(
+            backend="nccl" if on_gpu else "gloo", timeout_s=int(max(COLLECTIVE_TIMEOUT_S, 2 * config.faults.hang_timeout_s))
+        ),
+        run_config=RayRunConfig(name="ray", storage_path=arguments["run_dir"], failure_config=FailureConfig(max_failures=0)),
+    )
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit as stop:  # Ray's own handler of Ctrl-C aborts the workers and exits
+        raise KeyboardInterrupt from stop
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
-def _error_of_worker(run_dir: Path) -> CromssError | None:
-    """The first error that a worker left, as the type it had."""
-    for path in sorted(run_dir.glob(ERROR_FILE.format(rank="*"))):
-        content = json.loads(path.read_text())
-        kind = getattr(errors, content["type"], None)
-        if isinstance(kind, type) and issubclass(kind, CromssError):
-            return kind(content["message"])
-    return None
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals that stop a run wait for the end of the block; processes that it starts never get them.
+
+    A scheduler sends them to every process of a job, and Ray's would end at once.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def _tell(run_dir: Path, text: str) -> None:
+    """Among the events of the run: whoever watches it sees them, and they stay."""
+    with (run_dir / EVENTS_FILE).open("a") as file:
+        append_event(file, "stage", text=text)

@@ -3,32 +3,29 @@
 Layer 5.
 """
 
-import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
-
-ERROR_FILE = "error-rank{rank}.json"
 
 
 def work(arguments: dict[str, Any]) -> None:
     """One rank of a run; an error that a user can mend goes to the run's folder, for the launcher to raise again.
 
     Args:
-        arguments: `config`, the resolved config as a dictionary, and `run_dir`.
+        arguments: `config`, the resolved config as a dictionary, `run_dir`, `fresh` and `profile`.
     """
     from cromss_dist.errors import CromssError, StorageError
     from cromss_dist.parse import from_dict
     from cromss_dist.pretrain import pretrain
+    from cromss_dist.train.failure import write_error
 
     run_dir = Path(arguments["run_dir"])
     try:
-        pretrain(from_dict(arguments["config"]), run_dir)
+        pretrain(from_dict(arguments["config"]), run_dir, arguments["fresh"], arguments["profile"])
     except (CromssError, OSError) as error:
         told = StorageError.of(error) if isinstance(error, OSError) else error
-        content = {"type": type(told).__name__, "message": str(told)}
-        (run_dir / ERROR_FILE.format(rank=os.environ["RANK"])).write_text(json.dumps(content))
+        write_error(run_dir, os.environ["RANK"], told)
         raise
 
 

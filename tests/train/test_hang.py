@@ -135,7 +135,8 @@ def test_errors_of_an_attempt_are_set_aside_in_a_folder_of_their_own(tmp_path: P
     assert set_aside_errors(tmp_path) is None
     for number in (1, 2):
         write_error(tmp_path, 0, HangError(f"attempt {number}"))
-        (tmp_path / "stacks-rank00000.txt").touch()
+        (tmp_path / "stacks-rank00000.txt").write_text("Thread 1")
+        (tmp_path / "stacks-rank00001.txt").touch()  # of a rank that was killed
         assert str(read_error(tmp_path)) == f"attempt {number}"
         folder = set_aside_errors(tmp_path)
         assert folder == tmp_path / f"failure-{number}"

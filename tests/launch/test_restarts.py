@@ -1,0 +1,164 @@
+"""What the launcher makes of workers that die, hang, stop or fail; the last test with Ray's, the others without."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cromss_dist.config import EngineConfig, LaunchConfig, RunConfig
+from cromss_dist.errors import CromssError, DivergenceError, HangError, OutputExistsError, PreemptedError, TrainingError
+from cromss_dist.train.failure import write_error
+from cromss_dist.train.run_folder import working_in
+from cromss_dist.train.stop import STOP_FILE, stop_requested
+from cromss_dist.train.watch import read_events
+from launch import ray_run
+from tests.launch.conftest import ROOT, environment
+from tests.launch.stub import finish
+
+Attempt = Callable[[Path], None]
+CONFIG = RunConfig(launch=LaunchConfig(workers=2, max_restarts=2), engine=EngineConfig(device="cpu"))
+
+
+def die(run_dir: Path) -> None:
+    raise RuntimeError("Ray says much.\nThe actor died.")
+
+
+def fails_with(error: CromssError) -> Attempt:
+    def attempt(run_dir: Path) -> None:
+        write_error(run_dir, 1, error)
+        raise RuntimeError("Ray says much.")
+
+    return attempt
+
+
+HANG = fails_with(HangError("Rank 1 gave no sign of life."))
+
+
+def is_told_to_stop_and(then: Attempt) -> Attempt:
+    def attempt(run_dir: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested(run_dir)
+        then(run_dir)
+
+    return attempt
+
+
+@pytest.fixture
+def run_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Runs the launcher on workers that go as the attempts say; returns what each attempt was started with."""
+
+    @contextmanager
+    def no_cluster(*_: object, **__: object) -> Iterator[str]:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray takes it
+        yield "/logs"
+
+    def run(*attempts: Attempt) -> list[dict[str, Any]]:
+        started: list[dict[str, Any]] = []
+
+        def run_workers(config: RunConfig, arguments: dict[str, Any]) -> None:
+            assert not list(tmp_path.glob("error-*")), "what an earlier attempt left"
+            started.append(arguments)
+            attempts[len(started) - 1](tmp_path)
+
+        monkeypatch.setattr(ray_run, "_run_workers", run_workers)
+        try:
+            ray_run.run_on_ray(CONFIG, tmp_path, fresh=True, profile=True)
+        finally:
+            assert len(started) == len(attempts)
+        return started
+
+    monkeypatch.setattr(ray_run, "cluster", no_cluster)
+    return run
+
+
+Run = Callable[..., list[dict[str, Any]]]
+
+
+def test_workers_that_die_or_hang_start_again_and_the_run_goes_on(run_attempts: Run, tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    started = run_attempts(die, HANG, finish)
+    assert [arguments["fresh"] for arguments in started] == [True, False, False], "the first attempt's checkpoints count"
+    assert all(arguments["profile"] for arguments in started)
+    told = [event["text"] for event in read_events(tmp_path)]
+    assert told[0].startswith("A worker died without a message of its own: The actor died. Ray's logs are in /logs. The workers")
+    assert told[1].startswith("Rank 1 gave no sign of life. The workers start again; restarts that are left after this one: 0")
+    assert (tmp_path / "failure-1" / "error-rank1.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize(
+    ("attempts", "error", "message"),
+    [
+        ((die, HANG, die), TrainingError, "A worker died without a message of its own: The actor died"),
+        ((die, die, HANG), HangError, "Rank 1 gave no sign of life"),
+        ((fails_with(DivergenceError("5 bad steps.")),), DivergenceError, r"5 bad steps\."),
+        ((die, fails_with(PreemptedError("Saved at step 7."))), PreemptedError, r"Saved at step 7\."),
+        ((is_told_to_stop_and(die),), PreemptedError, "asked to stop, and ended before it was saved again: A worker died"),
+        ((is_told_to_stop_and(HANG),), PreemptedError, "asked to stop, and ended before it was saved again: Rank 1"),
+    ],
+    ids=["dies too often", "hangs too often", "diverges", "stops", "dies while it stops", "hangs while it stops"],
+)
+def test_other_errors_and_the_last_attempt_s_are_raised_as_they_are(
+    run_attempts: Run, attempts: tuple[Attempt, ...], error: type[CromssError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run_attempts(*attempts)
+
+
+def test_a_run_that_ends_although_it_was_told_to_stop_has_ended(run_attempts: Run) -> None:
+    run_attempts(is_told_to_stop_and(finish))
+
+
+def test_who_works_in_a_folder_clears_it_and_keeps_others_out(tmp_path: Path) -> None:
+    (tmp_path / STOP_FILE).touch()
+    write_error(tmp_path, 0, HangError("earlier"))
+    with working_in(tmp_path, "cromss pretrain"):
+        assert not stop_requested(tmp_path)
+        assert (tmp_path / "failure-1" / "error-rank0.json").exists()
+        with pytest.raises(OutputExistsError, match="Another process runs"), working_in(tmp_path, "cromss pretrain"):
+            pass
+    with working_in(tmp_path, "cromss pretrain"):
+        pass
+
+
+@pytest.mark.parametrize("error", [PreemptedError("x"), HangError("x"), TrainingError("x"), DivergenceError("x")])
+def test_an_error_after_which_a_run_can_go_on_says_how(tmp_path: Path, error: CromssError) -> None:
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    with pytest.raises(type(error)) as caught, working_in(folder, "cromss pretrain"):
+        raise error
+    notes = [] if isinstance(error, DivergenceError) else [f"It goes on with: cromss pretrain --resume '{folder}'"]
+    assert getattr(caught.value, "__notes__", []) == notes, "DivergenceError names its own way"
+
+
+@pytest.mark.slow
+def test_ray_s_workers_start_again_and_stop_when_all_processes_get_sigterm(tmp_path: Path) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "tests.launch.stub", str(tmp_path), "die.hang.wait"],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    attempts = [tmp_path / f"attempts-{rank}" for rank in range(2)]
+    while not all(path.exists() and len(path.read_text().splitlines()) == 3 for path in attempts):
+        assert driver.poll() is None, driver.communicate()[1]
+        time.sleep(0.1)
+    os.killpg(driver.pid, signal.SIGTERM)  # as Slurm does
+    error = driver.communicate(timeout=120)[1]
+    assert driver.returncode == PreemptedError.exit_code, error
+    assert error.startswith("PreemptedError: The run was asked to stop at step 7 and is saved. It goes on with: python launch/")
+    assert [json.loads(line)["fresh"] for line in attempts[0].read_text().splitlines()] == [True, False, False]
+    assert {"hang.json", "error-rank0.json", "stacks-rank00000.txt"} <= {p.name for p in (tmp_path / "failure-1").iterdir()}
+    died, hung = (event["text"] for event in read_events(tmp_path))
+    assert died.startswith("A worker died")
+    assert "gave no sign of life" in hung
