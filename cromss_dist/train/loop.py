@@ -233,9 +233,11 @@ class Pretraining:
         self.before = self.before or self.after
         self.validated_step = self.step
         self.plateau.update(loss)
-        if self.record:
-            self.record.validation(self.after, self.step, self.samples)
-            self.record.picture(f"panels/step_{self.step:07d}.png", self.validator.draw(validation, self.epochs))
+        with self.meter.phase("validation"):
+            if self.record:
+                self.record.validation(self.after, self.step, self.samples)
+                self.record.picture(f"panels/step_{self.step:07d}.png", self.validator.draw(validation, self.epochs))
+            self.world.barrier()  # else drawing, which takes seconds, were part of the other ranks' next step
 
     def _goes_on(self, place: str) -> bool:
         self._beat(place)
