@@ -4,8 +4,8 @@ Layer 3. Selection, Dice and every quotient of the loss see all pixels at once, 
 over micro batches. At scope 'global' it is computed exactly, in three acts: logits of all micro batches without gradient, the
 loss on the joined logits with its gradient at them, and a second forward pass of each micro batch that is fed with its part.
 
-Memory: the logits of all micro batches of this rank, in float32, and their gradient: 144 bytes a pixel at 9 classes, while the
-loss works on as many pixels at once; no activation of a network is alive then. Time: one forward pass more.
+Memory at 9 classes, for each pixel of all micro batches of this rank: 72 bytes of logits and, while the loss works on them,
+450 more (measured, float32), when no activation of a network is alive; then 72 of their gradient. Time: one forward pass more.
 """
 
 from collections.abc import Callable, Sequence
@@ -95,8 +95,12 @@ def _two_passes(
     draws_again = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with phase("forward"), draws_again, torch.no_grad(), engine.frozen_statistics():
         pairs = [forward(example.s1, example.s2) for example in micro_batches]
+        # In float32, so that the gradient is rounded to the logits' type only after the engine's loss scale, as in one pass.
+        logits_s1, logits_s2 = (torch.cat(list(branch)).float() for branch in zip(*pairs, strict=True))
+        del pairs
     with phase("loss"):
-        output, slopes = _slopes(pairs, micro_batches, loss, progress)
+        output, slopes = _slopes(logits_s1, logits_s2, micro_batches, loss, progress)
+        del logits_s1, logits_s2
     for example, parts in zip(micro_batches, slopes, strict=True):
         with phase("forward"):
             logits = forward(example.s1, example.s2)
@@ -108,21 +112,21 @@ def _two_passes(
 
 
 def _slopes(
-    pairs: Sequence[tuple[Tensor, Tensor]], micro_batches: Sequence[Example], loss: CromssLoss, progress: float
+    logits_s1: Tensor, logits_s2: Tensor, micro_batches: Sequence[Example], loss: CromssLoss, progress: float
 ) -> tuple[LossOutput, list[tuple[Tensor, ...]]]:
     """The loss of all micro batches, and its gradient at both logits of each; keeps nothing else alive."""
-    # In float32, so that the gradient is rounded to the logits' type only after the engine's loss scale, as in one pass.
-    joined = [torch.cat(list(branch)).float().requires_grad_() for branch in zip(*pairs, strict=True)]
+    logits_s1.requires_grad_()
+    logits_s2.requires_grad_()
     priors = [example.prior for example in micro_batches if example.prior is not None]
     output = loss(
-        joined[0],
-        joined[1],
+        logits_s1,
+        logits_s2,
         torch.cat([example.label for example in micro_batches]),
         torch.cat(priors) if priors else None,
         progress,
         torch.cat([example.weights for example in micro_batches]),
     )
-    slopes = torch.autograd.grad(output.total, joined)
+    slopes = torch.autograd.grad(output.total, (logits_s1, logits_s2))
     sizes = [len(example.label) for example in micro_batches]
     per_micro_batch = list(zip(*(torch.split(slope, sizes) for slope in slopes), strict=True))
     return replace(output, total=output.total.detach()), per_micro_batch
