@@ -185,6 +185,14 @@ def test_switches_do_not_show_in_the_loss(tmp_path: Path) -> None:
         torch.testing.assert_close(losses_with(tmp_path, name, switches), reference, rtol=tolerance, atol=0, msg=name)
 
 
+@pytest.mark.slow  # compiles with g++
+@pytest.mark.parametrize("switches", [{}, {"activation_checkpointing": True, "zero_stage": 2}, {"precision": "bf16"}])
+def test_compiled_networks_have_the_losses_of_others(switches: dict[str, Any], tmp_path: Path) -> None:
+    plain = losses_with(tmp_path, "plain", switches)
+    compiled = losses_with(tmp_path, "compiled", {**switches, "compile": True})
+    torch.testing.assert_close(compiled, plain, rtol=1e-3 if "precision" in switches else 1e-5, atol=0)
+
+
 def losses_with(folder: Path, name: str, switches: dict[str, Any]) -> Tensor:
     run(programs.switched_steps, 2, folder, name, switches)
     return torch.stack([load_file(folder / f"{name}-{rank}.safetensors")["losses"] for rank in range(2)])
