@@ -45,7 +45,7 @@ from cromss_dist.schema import NUM_CLASSES
 from cromss_dist.world import World, join
 
 WARM_UP_STEPS = 2
-ACCUMULATION = 4
+ACCUMULATION = 2
 
 
 def run_loss(size: Size, rounds: int, world: World) -> dict[str, Any]:

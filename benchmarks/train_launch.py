@@ -74,9 +74,9 @@ def run_of(way: str, config: Path) -> list[float]:
         lines = call([sys.executable, str(HERE / "train_bare.py"), str(config)]).splitlines()
         return [json.loads(line)["samples_per_s"] for line in lines]
     runs = Path(json.loads(config.read_text())["output"])
-    known = set(runs.glob("*/"))
+    known = set(runs.glob("*/events.jsonl"))
     launch = [sys.executable, str(HERE.parent / "launch" / "local.py"), "--config", str(config)]
     call([*launch, "--launch.ray", "true" if way == "Ray" else "false"])
-    (run_dir,) = set(runs.glob("*/")) - known
-    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    (file,) = set(runs.glob("*/events.jsonl")) - known
+    events = [json.loads(line) for line in file.read_text().splitlines()]
     return [event["metrics"]["perf/samples_per_s"] for event in events if event["event"] == "progress"]
