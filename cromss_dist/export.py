@@ -3,6 +3,7 @@
 Layer 4. Only rank 0 exports.
 """
 
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ def _write_package(
         licence=config.tracking.licence,
     )
     folder = run_dir / "encoders" / modality
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was cut, or before the run was made longer
     write_package(folder, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, card)
     return folder
 

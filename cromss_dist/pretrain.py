@@ -22,6 +22,7 @@ from cromss_dist.tracking.runs import RunTracker
 from cromss_dist.train.checkpoint.store import Checkpoints
 from cromss_dist.train.continuation import changes_of
 from cromss_dist.train.engine import Engine
+from cromss_dist.train.events import read_events
 from cromss_dist.train.hang import HangWatch
 from cromss_dist.train.loop import Pretraining, Safeguards
 from cromss_dist.train.preflight import Preflight
@@ -29,7 +30,7 @@ from cromss_dist.train.profile import Profile
 from cromss_dist.train.record import Record
 from cromss_dist.train.run_folder import RunSummary, open_run_dir, read_summary, working_in
 from cromss_dist.train.stop import StopRequest
-from cromss_dist.train.watch import read_events, watching
+from cromss_dist.train.watch import watching
 from cromss_dist.world import World, join
 
 CHECKPOINTS = "checkpoints"
@@ -80,6 +81,7 @@ def pretrain(config: RunConfig, run_dir: Path, fresh: bool = False, profile: boo
                 if saved:
                     trainer.resume(saved)
                     if record:
+                        record.catch_up(saved.step)
                         record.resumed(saved.step, trainer.samples, str(saved.folder), changes)
                 trainer.run()
                 hang.beat("exporting the encoders")
@@ -163,10 +165,3 @@ def record_config(tracker: RunTracker, config: RunConfig, digests: Sequence[str]
     names = [PurePosixPath(location).name for location in config.data.weights]
     for number, (name, location, digest) in enumerate(zip(names, config.data.weights, digests, strict=True)):
         tracker.log_dataset(name if names.count(name) == 1 else f"{name}-{number}", digest, location)
-
-
-from cromss_dist.train.run_folder import SUMMARY_FILE, new_run_dir  # noqa
-
-
-def tracking_uri_of(config):
-    return config.tracking_uri

@@ -15,9 +15,10 @@ from cromss_dist.errors import PreemptedError, RegistryError, main_guard
 from cromss_dist.parse import ParsedRun, parse_run
 from cromss_dist.pretrain import report, run_in_process
 from cromss_dist.tracking.runs import end_run
+from cromss_dist.train.events import read_events
 from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.run_folder import RunSummary, open_run_dir, working_in
-from cromss_dist.train.watch import read_events, watching
+from cromss_dist.train.watch import watching
 from launch.ray_run import num_workers, run_on_ray
 
 PROG = "python launch/local.py"

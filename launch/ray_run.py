@@ -13,8 +13,8 @@ import torch
 
 from cromss_dist.config import RunConfig
 from cromss_dist.errors import ConfigError, HangError, PreemptedError, TrainingError
+from cromss_dist.train.events import EVENTS_FILE, append_event
 from cromss_dist.train.failure import read_error, set_aside_errors
-from cromss_dist.train.record import EVENTS_FILE, append_event
 from cromss_dist.train.run_folder import RunSummary, read_summary
 from cromss_dist.train.stop import SIGNALS, passing_on_signals, stop_requested
 from cromss_dist.world import COLLECTIVE_TIMEOUT_S, choose_device

@@ -87,6 +87,11 @@ class Ranks:
         """Process ids, by rank."""
         return [process.pid or 0 for process in self._processes]
 
+    @property
+    def running(self) -> bool:
+        """Whether every rank still runs."""
+        return all(process.is_alive() for process in self._processes)
+
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         """Sends a signal to one rank."""
         os.kill(self.pids[rank], number)

@@ -1,9 +1,10 @@
 """Runs that are cut, anywhere, and go on: on as many ranks to the bit, on others in the same order with the same loss."""
 
-import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,33 +15,37 @@ from cromss_dist.config import (
     EngineConfig,
     LossConfig,
     ModelConfig,
+    ReadingConfig,
     RunConfig,
     TrackingConfig,
     TrainConfig,
 )
 from cromss_dist.errors import CheckpointError
 from cromss_dist.tracking.store import connect
+from cromss_dist.train.continuation import changes_of
+from cromss_dist.train.events import read_events
 from tests.ranks import run_ranks
-from tests.whole_runs import Trace, run_and_kill, start_folder, trace_of, traced_run
-
-STEPS = 40
+from tests.whole_runs import Trace, run_and_kill, run_until, start_folder, trace_of, traced_run
 
 
 @pytest.fixture
 def config(synthetic_shards: Path, store_uri: str) -> RunConfig:
-    """A run of 40 steps of 4 samples, saved every third step, of networks that are as small as they can be."""
-    epoch_steps = 9 / 4
+    """A run of steps of 4 samples, saved every third step, of networks that are as small as they can be."""
+    epoch_steps = 9 / 4  # nine locations
     return RunConfig(
         data=DataConfig(shards=str(synthetic_shards), crop_px=32, val_fraction=0.25, val_seasons=(0,)),
         model=ModelConfig(encoder="resnet18", encoder_depth=3, decoder_channels=(8, 8, 8)),
         loss=LossConfig(ramp_epochs=10),
-        train=TrainConfig(
-            epochs=STEPS / epoch_steps, lr=1e-3, validate_every_epochs=20 / epoch_steps, log_every_steps=1, panel_samples=1
-        ),
+        train=TrainConfig(lr=1e-3, validate_every_epochs=20 / epoch_steps, log_every_steps=1, panel_samples=1),
         engine=EngineConfig(global_batch=4, device="cpu"),
         checkpoint=CheckpointConfig(every_epochs=3 / epoch_steps),
         tracking=TrackingConfig(uri=store_uri, register=False),
     )
+
+
+def of_steps(config: RunConfig, steps: int) -> RunConfig:
+    """The same run with another length."""
+    return replace(config, train=replace(config.train, epochs=steps * 4 / 9))
 
 
 def uninterrupted(folder: Path, config: RunConfig, world: int) -> tuple[Trace, bytes]:
@@ -49,25 +54,141 @@ def uninterrupted(folder: Path, config: RunConfig, world: int) -> tuple[Trace, b
     return trace_of(folder), (folder / "model.safetensors").read_bytes()
 
 
-def check_kills(config: RunConfig, folder: Path, kills: int, steps_between: int, seed: int) -> None:
+def check_kills(config: RunConfig, steps: int, folder: Path, kills: int, steps_between: int, seed: int) -> None:
+    config = of_steps(config, steps)
     whole, weights = uninterrupted(folder / "whole", config, 2)
-    assert sorted(whole.losses) == list(range(1, STEPS + 1))
+    assert sorted(whole.losses) == list(range(1, steps + 1))
     draws = random.Random(seed)
     content = start_folder(folder / "cut", config)
-    for _ in range(kills):
-        run_and_kill(folder / "cut", content, 2, draws.randint(1, steps_between), draws)
+    for kill in range(kills):
+        assert run_and_kill(folder / "cut", content, 2, draws.randint(1, steps_between), draws), f"ended before kill {kill}"
     assert run_ranks(traced_run, 2, folder / "cut", content) == [0, 0]
     cut = trace_of(folder / "cut")
-    assert cut.num_computed > STEPS, "no kill cost a step, so nothing was shown"
+    assert cut.num_computed > steps, "no kill cost a step, so nothing was shown"
     assert cut.losses == whole.losses
     assert cut.ids == whole.ids
     assert (folder / "cut" / "model.safetensors").read_bytes() == weights
 
 
 def test_a_run_killed_three_times_ends_with_the_weights_of_one_that_was_not(config: RunConfig, tmp_path: Path) -> None:
-    check_kills(config, tmp_path, kills=3, steps_between=12, seed=0)
+    check_kills(config, 30, tmp_path, kills=3, steps_between=8, seed=0)
 
 
 @pytest.mark.slow
 def test_a_run_killed_thirty_times_ends_with_the_weights_of_one_that_was_not(config: RunConfig, tmp_path: Path) -> None:
-    check_kills(config, tmp_path, kills=30, steps_between=6, seed=1)
+    check_kills(config, 240, tmp_path, kills=30, steps_between=10, seed=1)
+
+
+def stopped_after(folder: Path, config: RunConfig, world: int, steps: int) -> None:
+    """Runs on `world` ranks until `steps` steps are done, and has the run stop itself there."""
+    codes = run_ranks(run_until, world, folder, config.to_dict(), steps)
+    assert codes == [75] * world
+
+
+def test_a_run_on_two_then_one_then_two_ranks_sees_the_same_samples_and_losses(config: RunConfig, tmp_path: Path) -> None:
+    config = of_steps(config, 21)
+    whole, _ = uninterrupted(tmp_path / "whole", config, 2)
+    folder = tmp_path / "moved"
+    start_folder(folder, config)
+    stopped_after(folder, config, world=2, steps=7)
+    stopped_after(folder, config, world=1, steps=14)
+    assert run_ranks(traced_run, 2, folder, config.to_dict()) == [0, 0]
+    moved = trace_of(folder)
+    assert moved.num_computed == 21, "a stop costs no step"
+    assert {step: sorted(ids) for step, ids in moved.ids.items()} == {step: sorted(ids) for step, ids in whole.ids.items()}
+    losses = np.array([[trace.losses[step] for step in range(1, 22)] for trace in (whole, moved)])
+    assert np.array_equal(losses[0, :7], losses[1, :7])
+    np.testing.assert_allclose(losses[1, :9], losses[0, :9], rtol=1e-5)
+    # Each step on another number of ranks rounds otherwise, and later ones build on that: docs/numerics.md.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
+def test_a_checkpoint_goes_on_alike_on_any_number_of_ranks_and_at_any_zero_stage(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    start_folder(folder, config)
+    stopped_after(folder, config, world=2, steps=8)
+    losses = {}
+    for world, zero_stage in ((2, 0), (1, 0), (4, 0), (2, 1), (1, 2), (4, 3)):
+        copy = Path(shutil.copytree(folder, tmp_path / f"{world}-{zero_stage}"))
+        content = replace(config, engine=replace(config.engine, zero_stage=zero_stage)).to_dict()
+        assert run_ranks(run_until, world, copy, content, 11) == [75] * world
+        losses[world, zero_stage] = [trace_of(copy).losses[step] for step in (9, 10, 11)]
+        (resumed,) = [event for event in read_events(copy) if event["event"] == "resumed"]
+        assert resumed["step"] == 8
+        assert resumed["differences"] == ([f"engine.zero_stage 0 -> {zero_stage}"] if zero_stage else [])
+    for told in losses.values():
+        np.testing.assert_allclose(told, losses[2, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model": ModelConfig(encoder="resnet18", encoder_depth=3, decoder_channels=(8, 8, 4))}, r"model.decoder_channels was"),
+        ({"seed": 1}, r"seed was 0 and is 1"),
+        ({"loss": LossConfig(ramp_epochs=11)}, r"loss.ramp_epochs was 10.0 and is 11"),
+        ({"engine": EngineConfig(global_batch=8, device="cpu")}, r"engine.global_batch was 4 and is 8"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(config: RunConfig, change: dict[str, Any], told: str) -> None:
+    with pytest.raises(CheckpointError, match=told):
+        changes_of(config.to_dict(), replace(config, **change))
+
+
+def test_what_a_run_may_change_is_told(config: RunConfig) -> None:
+    changed = replace(
+        config,
+        output="elsewhere",
+        train=replace(config.train, lr=1e-4),
+        engine=replace(config.engine, zero_stage=2),
+        data=replace(config.data, shards="moved", reading=ReadingConfig(threads=3)),
+    )
+    assert changes_of(config.to_dict(), config) == []
+    assert changes_of(config.to_dict(), changed) == [
+        "data.reading.threads 2 -> 3",
+        "train.lr 0.001 -> 0.0001",
+        "engine.zero_stage 0 -> 2",
+    ]
+
+
+def test_networks_of_another_width_are_refused_and_the_checkpoint_stays(config: RunConfig, tmp_path: Path) -> None:
+    config = of_steps(config, 6)
+    folder = tmp_path / "run"
+    start_folder(folder, config)
+    stopped_after(folder, config, world=1, steps=3)
+    wider = replace(config, model=replace(config.model, decoder_channels=(16, 8, 8)))
+    assert run_ranks(traced_run, 1, folder, wider.to_dict()) == [CheckpointError.exit_code]
+    assert run_ranks(traced_run, 1, folder, config.to_dict()) == [0]
+    assert trace_of(folder).num_computed == 6
+
+
+def test_a_finished_run_is_not_trained_or_registered_again(config: RunConfig, tmp_path: Path) -> None:
+    config = of_steps(replace(config, tracking=replace(config.tracking, register=True)), 3)
+    folder = tmp_path / "run"
+    content = start_folder(folder, config)
+    for _ in range(2):
+        assert run_ranks(traced_run, 1, folder, content) == [0]
+    assert trace_of(folder).num_computed == 3
+    assert len(connect(config.tracking_uri).search_model_versions("name='cromss-resnet18-s1'")) == 1
+
+
+def test_a_finished_run_goes_on_if_it_is_made_longer(config: RunConfig, tmp_path: Path) -> None:
+    whole, _ = uninterrupted(tmp_path / "whole", of_steps(config, 8), 1)
+    folder = tmp_path / "run"
+    start_folder(folder, config)
+    for steps in (3, 8):
+        assert run_ranks(traced_run, 1, folder, of_steps(config, steps).to_dict()) == [0]
+    assert trace_of(folder).losses == whole.losses
+
+
+def test_figures_of_a_run_that_was_cut_have_each_step_once(config: RunConfig, tmp_path: Path) -> None:
+    config = of_steps(config, 12)
+    folder = tmp_path / "run"
+    content = start_folder(folder, config)
+    run_and_kill(folder, content, 1, 5, random.Random(0))
+    assert run_ranks(traced_run, 1, folder, content) == [0]
+    starts = [event["run_id"] for event in read_events(folder) if event["event"] == "start"]
+    assert len(starts) == 2
+    assert len(set(starts)) == 1, "one run in MLflow"
+    history = connect(config.tracking_uri).get_metric_history(starts[0], "train/loss/total")
+    assert [point.step for point in history] == list(range(1, 13))
+    assert connect(config.tracking_uri).get_run(starts[0]).info.status == "FINISHED"

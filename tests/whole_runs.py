@@ -1,13 +1,13 @@
 """Whole runs on real ranks that leave, beside what every run leaves, a line for each step: its loss and its samples."""
 
 import json
-import os
 import random
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from cromss_dist.config import RunConfig
 from cromss_dist.data.loading.loader import TrainLoader
@@ -17,7 +17,10 @@ from cromss_dist.schema import Batch
 from cromss_dist.train.engine import StepResult
 from cromss_dist.train.guard import Guard, Verdict
 from cromss_dist.world import World
+from tests.forkserver import preload
 from tests.ranks import Ranks
+
+preload("mlflow.store.tracking.sqlalchemy_store", "mlflow.tracking", "cromss_dist.tracking.panels")
 
 
 def traced_run(world: World, run_dir: Path, config: dict[str, Any]) -> None:
@@ -68,7 +71,8 @@ def trace_of(run_dir: Path) -> Trace:
             if rank == 0:
                 losses[note["step"]] = note["loss"]
             ids.setdefault(note["step"], {})[rank] = [tuple(place) for place in note["ids"]]
-    return Trace(losses, {step: sum((of[r] for r in sorted(of)), []) for step, of in ids.items()}, num_computed)
+    whole = {step: [place for rank in sorted(of) for place in of[rank]] for step, of in ids.items()}
+    return Trace(losses, whole, num_computed)
 
 
 def start_folder(folder: Path, config: RunConfig) -> dict[str, Any]:
@@ -78,13 +82,34 @@ def start_folder(folder: Path, config: RunConfig) -> dict[str, Any]:
     return config.to_dict()
 
 
-def run_and_kill(run_dir: Path, config: dict[str, Any], world: int, steps: int, draws: random.Random) -> None:
-    """Runs until about `steps` more steps were computed, then kills a random rank at a random moment, and waits for the rest."""
+def run_until(world: World, run_dir: Path, config: dict[str, Any], steps: int) -> None:
+    """A rank of a run that is asked to stop, on rank 0 alone, when it computes step `steps`."""
+    judge = Guard.judge
+    computed = len(trace_of(run_dir).losses)
+
+    def judge_and_stop(self: Guard, loss: Tensor, stop: bool) -> Verdict:
+        nonlocal computed
+        computed += 1
+        return judge(self, loss, stop or (world.is_main and computed == steps))
+
+    Guard.judge = judge_and_stop  # type: ignore[method-assign]
+    traced_run(world, run_dir, config)
+
+
+def run_and_kill(run_dir: Path, config: dict[str, Any], world: int, steps: int, draws: random.Random) -> bool:
+    """Runs until about `steps` more steps were computed, then kills a random rank at a random moment.
+
+    Returns:
+        Whether it ran that long.
+    """
     before = trace_of(run_dir).num_computed
     with Ranks(traced_run, world, run_dir, config) as ranks:
         deadline = time.monotonic() + 100
         while trace_of(run_dir).num_computed < before + steps:
             assert time.monotonic() < deadline, "the run does not get on"
-            time.sleep(0.01)
+            if not ranks.running:
+                return False
+            time.sleep(0.02)
         time.sleep(draws.uniform(0, 0.3))
-        os.kill(ranks.pids[draws.randrange(world)], signal.SIGKILL)
+        ranks.kill(draws.randrange(world))
+    return True

@@ -4,17 +4,14 @@ Layer 3. Only rank 0 has a Record. Events are JSON lines, so that a launcher in 
 over a shared folder) can follow the run without talking to it.
 """
 
-import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from cromss_dist.tracking.runs import RunTracker
-
-EVENTS_FILE = "events.jsonl"
+from cromss_dist.train.events import EVENTS_FILE, append_event, read_events
 
 
 class Record:
@@ -35,6 +32,13 @@ class Record:
     def event(self, kind: str, **values: Any) -> None:
         """Appends one event."""
         append_event(self._file, kind, **values)
+
+    def catch_up(self, step: int) -> None:
+        """Sends the tracker the figures up to a step, of which a process that was killed may have kept some; it drops what it has."""
+        for event in read_events(self._run_dir):
+            if event["event"] in ("progress", "validation") and event["step"] <= step:
+                samples = {"train/samples": float(event["samples"])} if event["event"] == "progress" else {}
+                self.tracker.log_metrics(event["metrics"] | samples, event["step"])
 
     def metrics(self, values: Mapping[str, float], step: int, samples: int) -> None:
         """Training figures at an optimiser step; also the sign of life that progress bars follow."""
@@ -77,12 +81,6 @@ class Record:
     def close(self) -> None:
         """Closes the file of events; the tracker is its owner's to close."""
         self._file.close()
-
-
-def append_event(file: IO[str], kind: str, **values: Any) -> None:
-    """Writes one JSON line with the time."""
-    file.write(json.dumps({"event": kind, "time": time.time(), **values}) + "\n")
-    file.flush()
 
 
 def _cut_unfinished_line(path: Path) -> None:

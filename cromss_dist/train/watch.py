@@ -3,7 +3,6 @@
 Layer 3.
 """
 
-import json
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from cromss_dist.train.record import EVENTS_FILE
+from cromss_dist.train.events import EVENTS_FILE, Tail
 
 POLL_S = 0.2
 LINES_OFF_TERMINAL = 10  # of progress, over a run
@@ -39,7 +38,7 @@ def watching(run_dir: Path, console: Console) -> Iterator[None]:
     """Shows the events that a run writes while the block runs; not those that are there when it begins."""
     stop = threading.Event()
     viewer = _Viewer(console)
-    tail = _Tail(run_dir / EVENTS_FILE)
+    tail = Tail(run_dir / EVENTS_FILE)
     tail.read()
 
     def follow() -> None:
@@ -55,29 +54,6 @@ def watching(run_dir: Path, console: Console) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-
-
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """All events of a run so far; none if it has no file of events yet."""
-    return _Tail(run_dir / EVENTS_FILE).read()
-
-
-class _Tail:
-    """New whole lines of a file that another process appends to; the file may not be there yet."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset = 0
-
-    def read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
 
 
 class _Bar(Progress):

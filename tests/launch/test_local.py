@@ -22,7 +22,7 @@ from cromss_dist.errors import BandError, ConfigError
 from cromss_dist.parse import parse_run
 from cromss_dist.schema import NORMALISATION, S2_BANDS
 from cromss_dist.tracking.store import connect
-from cromss_dist.train.watch import read_events
+from cromss_dist.train.events import read_events
 from launch.ray_run import num_workers
 from tests.launch.conftest import ROOT, SMALL, Run, environment
 

@@ -15,10 +15,10 @@ import pytest
 
 from cromss_dist.config import EngineConfig, LaunchConfig, RunConfig
 from cromss_dist.errors import CromssError, DivergenceError, HangError, OutputExistsError, PreemptedError, TrainingError
+from cromss_dist.train.events import read_events
 from cromss_dist.train.failure import write_error
 from cromss_dist.train.run_folder import working_in
 from cromss_dist.train.stop import STOP_FILE, stop_requested
-from cromss_dist.train.watch import read_events
 from launch import ray_run
 from tests.launch.conftest import ROOT, environment
 from tests.launch.stub import finish

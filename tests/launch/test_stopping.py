@@ -18,9 +18,9 @@ from cromss_dist.config import CheckpointConfig, DataConfig, EngineConfig, Model
 from cromss_dist.errors import PreemptedError
 from cromss_dist.tracking.store import connect
 from cromss_dist.train.checkpoint.store import Checkpoints
+from cromss_dist.train.events import read_events
 from cromss_dist.train.guard import Guard
 from cromss_dist.train.hang import HangWatch
-from cromss_dist.train.watch import read_events
 from cromss_dist.world import World
 from tests.launch.conftest import ROOT, SMALL, environment
 from tests.ranks import run_ranks

@@ -40,6 +40,6 @@ def test_every_figure_is_in_the_table_and_no_other() -> None:
     trained = meter.read(ALONE, 0.1, 1.0, 1.0, num_replaced=0, counters=Guard(FaultConfig(), ALONE).counters)
 
     losses = {name: 0.0 for name in loss.validation_loss(loss.validation_sums(logits[0], logits[1], label))}
-    scores = {modality: Scores(0.5, 0.5, dict.fromkeys(CLASS_NAMES, 0.5)) for modality in MODALITIES}
+    scores: dict[str, Scores] = {modality: Scores(0.5, 0.5, dict.fromkeys(CLASS_NAMES, 0.5)) for modality in MODALITIES}
     validated = Validation(losses, scores, scores, ()).metrics()
     assert {*trained, *validated, *OF_THE_RECORD} == documented()

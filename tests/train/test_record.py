@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from cromss_dist.tracking.runs import RunTracker
-from cromss_dist.train.record import EVENTS_FILE, Record
-from cromss_dist.train.watch import read_events
+from cromss_dist.train.events import EVENTS_FILE, read_events
+from cromss_dist.train.record import Record
 
 
 class Tracker:
@@ -21,7 +22,7 @@ class Tracker:
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         self.metrics.append((dict(metrics), step))
 
-    def log_figure(self, figure: plt.Figure, path: str) -> None:
+    def log_figure(self, figure: Figure, path: str) -> None:
         self.figures.append(path)
 
 

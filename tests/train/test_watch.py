@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cromss_dist.train.record import EVENTS_FILE, append_event
-from cromss_dist.train.watch import read_events, watching
+from cromss_dist.train.events import EVENTS_FILE, append_event, read_events
+from cromss_dist.train.watch import watching
 
 
 def test_events_become_lines_off_a_terminal(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.conversion.workplace import claimed
 from cromss_dist.errors import OutputExistsError
-from tests.data.conversions import FORKSERVER, SMALL, tree
+from tests.data.conversions import SMALL, tree
 from tests.data.fake_source import FakeSource
+from tests.forkserver import FORKSERVER
 
 
 def fail_at_work(out: Path, error: type[BaseException], *files: str) -> None:
