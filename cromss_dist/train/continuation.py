@@ -31,7 +31,8 @@ def changes_of(saved: dict[str, Any], config: RunConfig) -> list[str]:
     Raises:
         CheckpointError: something differs that makes it another run.
     """
-    old, new = flatten(from_dict(saved).to_dict()), flatten(config.to_dict())
+    # Parsed, both, so that 10 is 10.0, and what the checkpoint's version did not know has its default.
+    old, new = (flatten(from_dict(content).to_dict()) for content in (saved, config.to_dict()))
     differing = {key: f"{key} was {old.get(key)} and is {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)}
     fatal = [text for key, text in differing.items() if key.startswith(_FIXED) and not key.startswith(_FREE_OF_THESE)]
     if fatal:

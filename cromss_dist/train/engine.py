@@ -133,6 +133,8 @@ class Engine:
             optimizer=self.optimizer,
             config=deepspeed_config(engine, plan),
         )
+        if world.size == 1 and engine.zero_stage == 0:
+            self._engine.enable_backward_allreduce = False  # it copies every gradient twice to sum it over one rank
         self._master.create_moments(self._engine.optimizer)
 
     def forward(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:

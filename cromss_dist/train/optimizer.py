@@ -99,8 +99,8 @@ class GuardedAdam(torch.optim.Adam):
         """Moves the weights, or not; sets `moved` and `grad_norm`. Waits once for the device."""
         assert closure is None, "DeepSpeed calls this, which has none"
         grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
-        # In float64, in which partitions and whole gradients give the same number, and no square of a float32 is infinite.
-        squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64)).square().sum()
+        # Summed over tensors in float64, so that partitions and whole gradients give the same number.
+        squares = torch.stack(torch._foreach_norm(grads)).double().square().sum()
         if self._reduce_sum is not None:
             squares = self._reduce_sum(squares)
         self.grad_norm = math.sqrt(float(squares)) / self._scale
