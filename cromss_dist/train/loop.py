@@ -206,7 +206,7 @@ class Pretraining:
             self.world,
             lr=self.engine.lr,
             epochs=self.epochs,
-            loss_scale=self.engine.loss_scale,
+            loss_scale=self.engine.loss_scale if self.engine.precision == "fp16" else None,
             num_replaced=self._num_replaced if self.config.data.reading.on_corrupt == "replace" else None,
             counters=self.guard.counters,
         )
