@@ -88,6 +88,7 @@ def _train(console: Console, runs: Path, shards: Path, num_locations: int, sampl
         "train.epochs": epochs,
         "train.warmup_epochs": 0.02 * epochs,
         "train.validate_every_epochs": epochs / 3,
+        "checkpoint.every_epochs": epochs / 3,
         "loss.ramp_epochs": RAMP_SHARE * epochs,
     }
     before = set(runs.glob(f"*/{SUMMARY_FILE}"))
