@@ -271,7 +271,7 @@ class Pretraining:
 
     def _stop(self) -> NoReturn:
         """Saves, and ends the run so that it can go on."""
-        run_dir, checkpoints = self.safeguards.hang.run_dir, self.safeguards.checkpoints
+        checkpoints = self.safeguards.checkpoints
         if self.record:
             self.record.stopping(self.step, "it was asked to")
         if self._saved_step != self.step and not self.guard.in_streak:
@@ -281,7 +281,7 @@ class Pretraining:
         self._tell_of_savings()
         kept = checkpoints.last_committed
         state = "nothing of it is saved" if kept is None else f"it is saved up to step {kept}"
-        raise PreemptedError(f"The run was asked to stop after step {self.step}; {state}. Go on with --resume {run_dir}.")
+        raise PreemptedError(f"The run was asked to stop after step {self.step}; {state}.")
 
     def _look_at_saving(self) -> None:
         """Takes note of a saving that has come to its end on all ranks; a collective call."""
