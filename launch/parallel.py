@@ -10,6 +10,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,6 +77,12 @@ def _attempt(function: Callable[[Shared, Job], Result], shared: Shared, job: Job
         return None, error
 
 
+@cache
+def _new_token() -> str:
+    """One for all clusters that this process starts: Ray reads the file once and keeps what it read."""
+    return secrets.token_hex(32)
+
+
 @contextmanager
 def cluster(num_cpus: int, address: str | None = None, setup_hook: Callable[[], None] | None = None) -> Iterator[str]:
     """A Ray cluster: of this machine, needing a token, listening on loopback and ending with the block; or one to join.
@@ -92,7 +99,7 @@ def cluster(num_cpus: int, address: str | None = None, setup_hook: Callable[[], 
         if address is None:
             token = Path(private) / "token"
             with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32))
+                file.write(_new_token())
             os.environ |= {
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": str(token),

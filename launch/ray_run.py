@@ -21,6 +21,8 @@ from cromss_dist.world import COLLECTIVE_TIMEOUT_S, choose_device
 from launch.parallel import cluster
 from launch.worker import quiet, work
 
+CONTROLLER_FAILURES = 5  # of Ray's, until an attempt is lost
+
 
 def num_workers(config: RunConfig) -> int:
     """Workers of a run on this machine: the config's number, else one a GPU, else one.
@@ -58,41 +60,64 @@ def run_on_ray(config: RunConfig, run_dir: Path, *, fresh: bool = False, profile
         HangError: the workers hung once more than they may be restarted.
         TrainingError: a worker died without saying why once more than that; the message names Ray's log folder.
     """
+    with passing_on_signals(run_dir):
+        for restarts_left in range(config.launch.max_restarts, -1, -1):
+            lost = _attempt(config, {"config": config.to_dict(), "run_dir": str(run_dir), "fresh": fresh, "profile": profile})
+            if lost is None:
+                break
+            if stop_requested(run_dir):
+                raise PreemptedError(f"The run was asked to stop, and ended before it was saved again: {lost}") from lost
+            if not restarts_left:
+                raise lost
+            _tell(run_dir, f"{lost} The workers start again; restarts that are left after this one: {restarts_left - 1}.")
+            set_aside_errors(run_dir)
+            fresh = False  # the checkpoints of this attempt are the run's
+    summary = read_summary(run_dir)
+    assert summary is not None, "rank 0 leaves it"
+    return summary
+
+
+def _attempt(config: RunConfig, arguments: dict[str, Any]) -> HangError | TrainingError | None:
+    """Starts Ray and all workers once, and waits for them.
+
+    Each attempt has a Ray of its own: what is lost may be Ray's, and one that lost workers has kept their CPUs for itself.
+
+    Returns:
+        How workers were lost, None where they came to the end of the run.
+
+    Raises:
+        CromssError: a worker's error, which a new start would not mend.
+    """
+    run_dir = Path(arguments["run_dir"])
     cpus = num_workers(config) * config.launch.cpus_per_worker
-    with passing_on_signals(run_dir), ExitStack() as stack:
+    with ExitStack() as stack:
         with _signals_held():
             logs = stack.enter_context(cluster(cpus, setup_hook=quiet))
             stack.enter_context(passing_on_signals(run_dir))  # again: Ray has set a handler of its own
-        for restarts_left in range(config.launch.max_restarts, -1, -1):
-            try:
-                _run_workers(config, {"config": config.to_dict(), "run_dir": str(run_dir), "fresh": fresh, "profile": profile})
-                summary = read_summary(run_dir)
-                assert summary is not None, "rank 0 leaves it"
-                return summary
-            except Exception as error:
-                told = read_error(run_dir)
-                if told is not None and not isinstance(told, HangError):
-                    raise told from error
-                reason = told or TrainingError(
+        try:
+            _run_workers(config, arguments)
+        except Exception as error:
+            told = read_error(run_dir)
+            if told is None:
+                return TrainingError(
                     f"A worker died without a message of its own: {str(error).strip().splitlines()[-1]} Ray's logs are in {logs}."
                 )
-                if stop_requested(run_dir):
-                    raise PreemptedError(f"The run was asked to stop, and ended before it was saved again: {reason}") from error
-                if not restarts_left:
-                    raise reason from error
-            _tell(run_dir, f"{reason} The workers start again; restarts that are left after this one: {restarts_left - 1}.")
-            set_aside_errors(run_dir)
-            fresh = False  # the checkpoints of this attempt are the run's
-    raise AssertionError("the last attempt returns or raises")
+            if isinstance(told, HangError):
+                return told
+            raise told from error
+    return None
 
 
 def _run_workers(config: RunConfig, arguments: dict[str, Any]) -> None:
     """Starts all workers once and waits for them."""
-    from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
+    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import FailureConfig  # that of ray.train is typed as the old one
 
     on_gpu = choose_device(config.engine.device).type == "cuda"
+    # Ray waits a minute for the CPUs of all workers, and would try for ever.
+    failures = FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES)
     trainer = TorchTrainer(
         work,
         train_loop_config=arguments,
@@ -105,7 +130,7 @@ def _run_workers(config: RunConfig, arguments: dict[str, Any]) -> None:
         torch_config=TorchConfig(
             backend="nccl" if on_gpu else "gloo", timeout_s=int(max(COLLECTIVE_TIMEOUT_S, 2 * config.faults.hang_timeout_s))
         ),
-        run_config=RayRunConfig(name="ray", storage_path=arguments["run_dir"], failure_config=FailureConfig(max_failures=0)),
+        run_config=RayRunConfig(name="ray", storage_path=arguments["run_dir"], failure_config=failures),
     )
     handler = signal.getsignal(signal.SIGINT)
     try:

@@ -150,11 +150,14 @@ def test_ray_s_workers_start_again_and_stop_when_all_processes_get_sigterm(tmp_p
         start_new_session=True,
     )
     attempts = [tmp_path / f"attempts-{rank}" for rank in range(2)]
-    while not all(path.exists() and len(path.read_text().splitlines()) == 3 for path in attempts):
-        assert driver.poll() is None, driver.communicate()[1]
-        time.sleep(0.1)
-    os.killpg(driver.pid, signal.SIGTERM)  # as Slurm does
-    error = driver.communicate(timeout=120)[1]
+    try:
+        while not all(path.exists() and len(path.read_text().splitlines()) == 3 for path in attempts):
+            assert driver.poll() is None, driver.communicate()[1]
+            time.sleep(0.1)
+        os.killpg(driver.pid, signal.SIGTERM)  # as Slurm does
+        error = driver.communicate(timeout=120)[1]
+    finally:
+        driver.kill()  # Ray's processes end with it
     assert driver.returncode == PreemptedError.exit_code, error
     assert error.startswith("PreemptedError: The run was asked to stop at step 7 and is saved. It goes on with: python launch/")
     assert [json.loads(line)["fresh"] for line in attempts[0].read_text().splitlines()] == [True, False, False]

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +108,29 @@ def test_a_run_that_is_asked_to_stop_anywhere_loses_no_step_and_ends_as_one_that
     assert connect(config.tracking_uri).get_run(starts.pop()).info.status == "FINISHED"
 
 
-def start(*command: str) -> "subprocess.Popen[str]":
-    """A command in a session of its own."""
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a command in a session of its own; none runs on after the test."""
+    with ExitStack() as stack:
+
+        def run(*command: str) -> "subprocess.Popen[str]":
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)  # first; Ray's processes end with it
+            return process
+
+        yield run
 
 
 def wait_for_steps(output: Path, steps: int, process: "subprocess.Popen[str]") -> Path:
@@ -147,7 +160,7 @@ def arguments(output: Path, shards: Path) -> list[str]:
     ids=["in process", "Ray"],
 )
 def test_a_command_stops_with_75_says_how_it_goes_on_and_does(
-    synthetic_shards: Path, tmp_path: Path, command: tuple[str, ...], extra: tuple[str, ...]
+    start: Start, synthetic_shards: Path, tmp_path: Path, command: tuple[str, ...], extra: tuple[str, ...]
 ) -> None:
     process = start(*command, *arguments(tmp_path / "my runs", synthetic_shards), *extra, "--train.epochs", "100000")
     run_dir = wait_for_steps(tmp_path / "my runs", 2, process)
@@ -171,7 +184,9 @@ def test_a_command_stops_with_75_says_how_it_goes_on_and_does(
 
 
 @pytest.mark.slow
-def test_a_run_whose_worker_is_killed_starts_again_by_itself_and_ends(synthetic_shards: Path, tmp_path: Path) -> None:
+def test_a_run_whose_worker_is_killed_starts_again_by_itself_and_ends(
+    start: Start, synthetic_shards: Path, tmp_path: Path
+) -> None:
     process = start("launch/local.py", *arguments(tmp_path, synthetic_shards), "--checkpoint.every_epochs", "1")
     run_dir = wait_for_steps(tmp_path, 6, process)
     os.kill(worker_of(process.pid), signal.SIGKILL)
