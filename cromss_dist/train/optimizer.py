@@ -13,6 +13,8 @@ from torch import Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam keeps of each weight: means of its gradient and of the gradient's square."""
 
+_LINE = 4096
+
 
 class LossScale:
     """The factor that keeps gradients of a loss above fp16's smallest number: as large as they allow, by trial.
@@ -116,7 +118,22 @@ class GuardedAdam(torch.optim.Adam):
 
     def _norm(self, grads: list[Tensor], dtype: torch.dtype) -> float:
         """Norm of the whole gradient, of all ranks' parts; waits for the device."""
-        squares = torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).double().square().sum()
+        if grads[0].is_cuda:
+            norms = torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))
+        else:
+            norms = torch.cat([part for grad in grads for part in _norms(grad, dtype)])
+        squares = norms.double().square().sum()
         if self._reduce_sum is not None:
             squares = self._reduce_sum(squares)
         return math.sqrt(float(squares))
+
+
+def _norms(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Norms of a gradient's lines of 4096 numbers, and of what is left.
+
+    A CPU adds up squares one after another: over ZeRO's flat partition of 1e8 weights, float32 was 1 % off.
+    """
+    flat = grad.reshape(-1)
+    end = len(flat) // _LINE * _LINE
+    lines = torch.linalg.vector_norm(flat[:end].view(-1, _LINE), dim=1, dtype=dtype)
+    return lines, torch.linalg.vector_norm(flat[end:], dim=0, keepdim=True, dtype=dtype)

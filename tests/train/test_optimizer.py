@@ -89,6 +89,16 @@ def test_a_gradient_whose_squares_are_too_large_for_float32_is_finite() -> None:
     assert 1e30 < optimizer.grad_norm < 1e31
 
 
+def test_the_norm_is_right_for_as_many_weights_as_a_partition_of_zero_has() -> None:
+    ours = [nn.Parameter(torch.zeros(30_000_001)), nn.Parameter(torch.zeros(3))]
+    optimizer = guarded(ours)
+    for weight in ours:
+        weight.grad = torch.full_like(weight, 1e-3)
+    optimizer.prepare(1.0, veto=True)
+    optimizer.step()
+    assert optimizer.grad_norm == pytest.approx(1e-3 * math.sqrt(30_000_004), rel=3e-6)
+
+
 def test_a_partitioned_gradient_has_the_norm_of_the_whole() -> None:
     ours = weights()
     optimizer = GuardedAdam(ours, LR, DECAY, True, 0.0, reduce_sum=lambda squares: 4 * squares)
