@@ -29,7 +29,7 @@ class ParsedRun:
     config: RunConfig
     dry_run: bool = False
     resume: Path | None = None  # absolute folder of the run that goes on; None starts a new one
-    fresh: bool = False  # whether its checkpoints are set aside
+    fresh: bool = False  # whether it starts over
     profile: bool = False  # whether a few steps are traced
 
 
@@ -61,7 +61,7 @@ def parse_run(argv: Sequence[str] | None = None, prog: str | None = None, descri
     )
     parser.add_argument("--dry-run", action="store_true", help="Print config, batch arithmetic and parameter counts, and exit.")
     parser.add_argument("--resume", metavar="RUN_DIR", help="Goes on with a run, from its newest checkpoint and with its config.")
-    parser.add_argument("--fresh", action="store_true", help="With --resume: sets the checkpoints aside and starts over.")
+    parser.add_argument("--fresh", action="store_true", help="With --resume: sets aside what the run has left and starts over.")
     parser.add_argument("--profile", action="store_true", help="Writes a trace of a few steps into the run's folder.")
     parser.add_class_arguments(RunConfig, as_group=False)
     try:

@@ -28,7 +28,7 @@ from cromss_dist.train.loop import Pretraining, Safeguards
 from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.profile import Profile
 from cromss_dist.train.record import Record
-from cromss_dist.train.run_folder import RunSummary, open_run_dir, read_summary, working_in
+from cromss_dist.train.run_folder import RunSummary, mark_as_begun, new_run_dir, read_summary, working_in
 from cromss_dist.train.stop import StopRequest
 from cromss_dist.train.watch import watching
 from cromss_dist.world import World, join
@@ -36,13 +36,12 @@ from cromss_dist.world import World, join
 CHECKPOINTS = "checkpoints"
 
 
-def pretrain(config: RunConfig, run_dir: Path, fresh: bool = False, profile: bool = False) -> RunSummary | None:
+def pretrain(config: RunConfig, run_dir: Path, profile: bool = False) -> RunSummary | None:
     """Runs this rank's part of a pretraining, from the newest checkpoint in its folder if there is one; a collective call.
 
     Args:
         config: The whole run, equal on all ranks.
         run_dir: Folder of the run, seen by all ranks.
-        fresh: Whether checkpoints are set aside, and the run starts over.
         profile: Whether a few steps are traced.
 
     Returns:
@@ -62,11 +61,13 @@ def pretrain(config: RunConfig, run_dir: Path, fresh: bool = False, profile: boo
         hang.beat("opening the data")
         preflight = Preflight.of(config, world.size)
         hang.beat("verifying checkpoints")
-        saved = checkpoints.newest(fresh)
+        saved = checkpoints.newest()
         changes = changes_of(saved.state["config"], config) if saved else []
         summary = read_summary(run_dir) if world.is_main else None
-        if saved and saved.step >= preflight.timeline.total_steps and world.broadcast_json(summary is not None):
+        if world.broadcast_json(summary is not None and summary.samples >= preflight.timeline.total_samples):
             return summary  # and the encoders are not registered once more
+        if world.is_main:
+            mark_as_begun(run_dir, config)  # not before: checkpoints of another config refuse this one
         hang.beat("building the networks")
         model = preflight.build_model()
         engine = Engine(model, config.engine, config.train, preflight.plan, world)
@@ -114,9 +115,9 @@ def run_in_process(parsed: ParsedRun, console: Console) -> RunSummary:
         )
     config = config.with_absolute_paths()
     Preflight.of(config, world_size=1)
-    run_dir = open_run_dir(config, parsed.resume)
-    with working_in(run_dir, "cromss pretrain"), watching(run_dir, console):
-        summary = pretrain(config, run_dir, parsed.fresh, parsed.profile)
+    run_dir = parsed.resume or new_run_dir(config)
+    with working_in(run_dir, "cromss pretrain", parsed.fresh), watching(run_dir, console):
+        summary = pretrain(config, run_dir, parsed.profile)
     assert summary is not None, "a run of one process is rank 0"
     return summary
 
@@ -149,6 +150,8 @@ def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path
             record_config(tracker, config, [source.dataset.digest for source in preflight.data.train])
             record.event("stage", text=f"run folder {run_dir}")
             record.event("stage", text=f"{world.size} x {world.device.type}, {engine.precision}, run {tracker.run_id}")
+            if run_id not in (None, tracker.run_id):
+                record.event("stage", text=f"run {run_id} is not in {tracker.uri}; run {tracker.run_id} takes its place")
             record.event("start", total_samples=preflight.timeline.total_samples, run_id=tracker.run_id)
             yield record
         finally:

@@ -17,7 +17,7 @@ from cromss_dist.pretrain import report, run_in_process
 from cromss_dist.tracking.runs import end_run
 from cromss_dist.train.events import read_events
 from cromss_dist.train.preflight import Preflight
-from cromss_dist.train.run_folder import RunSummary, open_run_dir, working_in
+from cromss_dist.train.run_folder import RunSummary, new_run_dir, working_in
 from cromss_dist.train.watch import watching
 from launch.ray_run import num_workers, run_on_ray
 
@@ -39,10 +39,10 @@ def run(parsed: ParsedRun, console: Console) -> RunSummary:
         return run_in_process(parsed, console)
     workers = num_workers(config)
     Preflight.of(config, workers)
-    run_dir = open_run_dir(config, parsed.resume)
-    with working_in(run_dir, PROG), watching(run_dir, console), ending_the_run(run_dir, config.tracking_uri):
+    run_dir = parsed.resume or new_run_dir(config)
+    with working_in(run_dir, PROG, parsed.fresh), watching(run_dir, console), ending_the_run(run_dir, config.tracking_uri):
         console.print(f"  Ray starts {workers} worker{'s' if workers > 1 else ''} ...", highlight=False)
-        return run_on_ray(config, run_dir, fresh=parsed.fresh, profile=parsed.profile)
+        return run_on_ray(config, run_dir, profile=parsed.profile)
 
 
 @contextmanager

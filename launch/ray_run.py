@@ -42,7 +42,7 @@ def num_workers(config: RunConfig) -> int:
     return wish or num_gpus
 
 
-def run_on_ray(config: RunConfig, run_dir: Path, *, fresh: bool = False, profile: bool = False) -> RunSummary:
+def run_on_ray(config: RunConfig, run_dir: Path, *, profile: bool = False) -> RunSummary:
     """Runs a pretraining on workers that Ray starts on this machine.
 
     Workers that die or hang are started again up to `launch.max_restarts` times, and the run goes on from its last
@@ -51,7 +51,6 @@ def run_on_ray(config: RunConfig, run_dir: Path, *, fresh: bool = False, profile
     Args:
         config: The whole run.
         run_dir: Its folder, made by `new_run_dir`.
-        fresh: Whether its checkpoints are set aside.
         profile: Whether a few steps are traced.
 
     Raises:
@@ -60,9 +59,10 @@ def run_on_ray(config: RunConfig, run_dir: Path, *, fresh: bool = False, profile
         HangError: the workers hung once more than they may be restarted.
         TrainingError: a worker died without saying why once more than that; the message names Ray's log folder.
     """
+    arguments = {"config": config.to_dict(), "run_dir": str(run_dir), "profile": profile}
     with passing_on_signals(run_dir):
         for restarts_left in range(config.launch.max_restarts, -1, -1):
-            lost = _attempt(config, {"config": config.to_dict(), "run_dir": str(run_dir), "fresh": fresh, "profile": profile})
+            lost = _attempt(config, arguments)
             if lost is None:
                 break
             if stop_requested(run_dir):
@@ -71,7 +71,6 @@ def run_on_ray(config: RunConfig, run_dir: Path, *, fresh: bool = False, profile
                 raise lost
             _tell(run_dir, f"{lost} The workers start again; restarts that are left after this one: {restarts_left - 1}.")
             set_aside_errors(run_dir)
-            fresh = False  # the checkpoints of this attempt are the run's
     summary = read_summary(run_dir)
     assert summary is not None, "rank 0 leaves it"
     return summary

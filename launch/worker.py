@@ -13,7 +13,7 @@ def work(arguments: dict[str, Any]) -> None:
     """One rank of a run; an error that a user can mend goes to the run's folder, for the launcher to raise again.
 
     Args:
-        arguments: `config`, the resolved config as a dictionary, `run_dir`, `fresh` and `profile`.
+        arguments: `config`, the resolved config as a dictionary, `run_dir` and `profile`.
     """
     from cromss_dist.errors import CromssError, StorageError
     from cromss_dist.parse import from_dict
@@ -22,7 +22,7 @@ def work(arguments: dict[str, Any]) -> None:
 
     run_dir = Path(arguments["run_dir"])
     try:
-        pretrain(from_dict(arguments["config"]), run_dir, arguments["fresh"], arguments["profile"])
+        pretrain(from_dict(arguments["config"]), run_dir, arguments["profile"])
     except (CromssError, OSError) as error:
         told = StorageError.of(error) if isinstance(error, OSError) else error
         write_error(run_dir, os.environ["RANK"], told)

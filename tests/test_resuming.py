@@ -1,7 +1,9 @@
 """Runs that are cut, anywhere, and go on: on as many ranks to the bit, on others in the same order with the same loss."""
 
+import os
 import random
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,14 @@ from cromss_dist.config import (
     TrainConfig,
 )
 from cromss_dist.errors import CheckpointError
+from cromss_dist.parse import CONFIG_FILE, parse_run
+from cromss_dist.schema import MODALITIES
+from cromss_dist.tracking.registry import Registry
 from cromss_dist.tracking.store import connect
 from cromss_dist.train.continuation import changes_of
 from cromss_dist.train.events import read_events
+from cromss_dist.train.run_folder import read_summary, working_in
+from cromss_dist.world import World
 from tests.ranks import run_ranks
 from tests.whole_runs import Trace, run_and_kill, run_until, start_folder, trace_of, traced_run
 
@@ -150,34 +157,96 @@ def test_what_a_run_may_change_is_told(config: RunConfig) -> None:
     ]
 
 
-def test_networks_of_another_width_are_refused_and_the_checkpoint_stays(config: RunConfig, tmp_path: Path) -> None:
+def test_a_config_that_is_refused_leaves_the_run_as_it_was(config: RunConfig, tmp_path: Path) -> None:
     config = of_steps(config, 6)
     folder = tmp_path / "run"
     start_folder(folder, config)
     stopped_after(folder, config, world=1, steps=3)
+    before = (folder / CONFIG_FILE).read_bytes()
     wider = replace(config, model=replace(config.model, decoder_channels=(16, 8, 8)))
     assert run_ranks(traced_run, 1, folder, wider.to_dict()) == [CheckpointError.exit_code]
-    assert run_ranks(traced_run, 1, folder, config.to_dict()) == [0]
+    assert (folder / CONFIG_FILE).read_bytes() == before, "so that --resume alone still goes on"
+    slower = replace(config, train=replace(config.train, lr=1e-4))
+    assert run_ranks(traced_run, 1, folder, slower.to_dict()) == [0]
     assert trace_of(folder).num_computed == 6
+    assert parse_run(["--resume", str(folder)]).config == slower
 
 
-def test_a_finished_run_is_not_trained_or_registered_again(config: RunConfig, tmp_path: Path) -> None:
-    config = of_steps(replace(config, tracking=replace(config.tracking, register=True)), 3)
-    folder = tmp_path / "run"
-    content = start_folder(folder, config)
-    for _ in range(2):
-        assert run_ranks(traced_run, 1, folder, content) == [0]
-    assert trace_of(folder).num_computed == 3
-    assert len(connect(config.tracking_uri).search_model_versions("name='cromss-resnet18-s1'")) == 1
+def run_cut_in_export(world: World, run_dir: Path, config: dict[str, Any]) -> None:
+    """A rank of a run that is killed when it has registered one of its two encoders."""
+    register, times = Registry.register, iter(range(2))
+
+    def once(*arguments: Any, **more: Any) -> Any:
+        if next(times) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return register(*arguments, **more)
+
+    Registry.register = once  # type: ignore[method-assign]
+    traced_run(world, run_dir, config)
 
 
-def test_a_finished_run_goes_on_if_it_is_made_longer(config: RunConfig, tmp_path: Path) -> None:
-    whole, _ = uninterrupted(tmp_path / "whole", of_steps(config, 8), 1)
+def test_a_finished_run_is_not_repeated_and_goes_on_if_it_is_made_longer(config: RunConfig, tmp_path: Path) -> None:
+    config = replace(config, tracking=replace(config.tracking, register=True))
+
+    def num_registered() -> list[int]:
+        client = connect(config.tracking_uri)
+        return [len(client.search_model_versions(f"name='cromss-resnet18-{modality}'")) for modality in MODALITIES]
+
     folder = tmp_path / "run"
     start_folder(folder, config)
-    for steps in (3, 8):
-        assert run_ranks(traced_run, 1, folder, of_steps(config, steps).to_dict()) == [0]
+    short, long = of_steps(config, 3).to_dict(), of_steps(config, 8).to_dict()
+    assert run_ranks(traced_run, 1, folder, short) == [0]
+    saved = (folder / "checkpoints").rename(tmp_path / "elsewhere")  # what is finished needs none
+    assert run_ranks(traced_run, 1, folder, short) == [0]
+    assert trace_of(folder).num_computed == 3
+    assert num_registered() == [1, 1]
+    shutil.rmtree(folder / "checkpoints")
+    saved.rename(folder / "checkpoints")
+    assert run_ranks(run_cut_in_export, 1, folder, long) == [-signal.SIGKILL]
+    assert num_registered() == [2, 1]
+    assert read_summary(folder) is None, "of three steps, whose encoders are no more"
+    assert run_ranks(traced_run, 1, folder, long) == [0]
+    assert num_registered() == [2, 2]
+    whole, _ = uninterrupted(tmp_path / "whole", of_steps(config, 8), 1)
+    assert trace_of(folder).num_computed == 8
     assert trace_of(folder).losses == whole.losses
+
+
+def test_a_run_that_starts_over_has_nothing_of_what_it_was(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for steps, fresh in ((4, False), (2, True), (3, True)):
+        config = of_steps(config, steps)
+        content = config.to_dict() if fresh else start_folder(folder, config)
+        with working_in(folder, "cromss pretrain", fresh):
+            assert run_ranks(traced_run, 1, folder, content) == [0]
+        assert trace_of(folder).num_computed == steps
+        (run_id,) = [event["run_id"] for event in read_events(folder) if event["event"] == "start"]
+        history = connect(config.tracking_uri).get_metric_history(run_id, "train/loss/total")
+        assert [point.step for point in history] == list(range(1, steps + 1))
+    assert trace_of(folder / "before-1").num_computed == 4
+    assert trace_of(folder / "before-2").num_computed == 2
+    assert (folder / "before-2" / "checkpoints" / "step-0000002").is_dir()
+
+
+def test_a_run_goes_on_without_its_mlflow_store_and_ends_where_it_is_if_made_shorter(
+    config: RunConfig, template_store: Path, tmp_path: Path
+) -> None:
+    config = of_steps(config, 8)
+    folder = tmp_path / "run"
+    start_folder(folder, config)
+    stopped_after(folder, config, world=1, steps=5)
+    elsewhere = replace(of_steps(config, 4), tracking=replace(config.tracking, uri=f"sqlite:///{tmp_path / 'other.db'}"))
+    shutil.copyfile(template_store, tmp_path / "other.db")
+    assert run_ranks(traced_run, 1, folder, elsewhere.to_dict()) == [0]
+    first, second = (event["run_id"] for event in read_events(folder) if event["event"] == "start")
+    assert any(first in event.get("text", "") for event in read_events(folder)), "it is told"
+    history = connect(elsewhere.tracking_uri).get_metric_history(second, "train/loss/total")
+    assert [point.step for point in history] == [1, 2, 3, 4, 5], "the step at which it stopped, too"
+    summary = read_summary(folder)
+    assert summary
+    assert summary.samples == 20
+    assert summary.after["val/loss/total"] != summary.before["val/loss/total"]
+    assert trace_of(folder).num_computed == 5
 
 
 def test_figures_of_a_run_that_was_cut_have_each_step_once(config: RunConfig, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ class Registry:
     ) -> RegisteredEncoder:
         """Stores a package with its run, makes it a new version of `name`, and moves `alias` to it.
 
+        A package that the run has registered already keeps its version, so that a registering that was cut can be repeated.
         The alias moves last, after the stored package was fetched back and is byte for byte the one given. If that
         fails the version is deleted again and the alias stays where it was.
 
@@ -101,10 +102,11 @@ class Registry:
             self._client.log_artifacts(run_id, str(folder), path)
             source = f"{self._client.get_run(run_id).info.artifact_uri}/{path}"
             self._create_model(name)
-            created = self._client.create_model_version(
-                name, source, run_id=run_id, tags={**(tags or {}), **_card_tags(card), _CARD_TAG: digest}, await_creation_for=0
-            )
-            entry = _entry(created, ())
+            same = (e for e in self.list() if (e.name, e.run_id, e.tags.get(_CARD_TAG)) == (name, run_id, digest))
+            if not (entry := next(same, None)):
+                every_tag = {**(tags or {}), **_card_tags(card), _CARD_TAG: digest}
+                created = self._client.create_model_version(name, source, run_id=run_id, tags=every_tag, await_creation_for=0)
+                entry = _entry(created, ())
             try:
                 self._peek(entry)
             except BaseException:

@@ -42,13 +42,14 @@ class RunTracker:
         uri: MLflow tracking URI; None as in `tracking_uri`. A missing SQLite store is created.
         experiment: Name of the experiment, created if missing.
         run_name: Name of the run.
-        run_id: A run to go on with, instead of a new one.
+        run_id: A run to go on with, instead of a new one. Where the store has it no more, a new one begins under the same
+            name: `run_id` tells.
         tags: Tags of the run.
         flush_points: Points after which the buffer is sent.
         flush_s: Seconds after which the buffer is sent with the next point.
 
     Raises:
-        RegistryError: the store cannot be reached, or there is no such run.
+        RegistryError: the store cannot be reached.
     """
 
     def __init__(
@@ -72,12 +73,12 @@ class RunTracker:
         self._params: dict[str, str] = {}
         self._stored_step: dict[str, int] = {}
         with mlflow_errors(f"Run {run_id or run_name!r} cannot be started in {self.uri}"):
-            if run_id is None:
-                experiment_id = _experiment_id(self._client, self.uri, experiment)
-                self.run_id: str = self._client.create_run(experiment_id, run_name=run_name).info.run_id
-            else:
-                self.run_id = run_id
+            if run_id is not None and _is_there(self._client, run_id):
+                self.run_id: str = run_id
                 self._resume()
+            else:
+                experiment_id = _experiment_id(self._client, self.uri, experiment)
+                self.run_id = self._client.create_run(experiment_id, run_name=run_name).info.run_id
         self.set_tags(tags or {})
 
     def _resume(self) -> None:
@@ -222,6 +223,18 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
     return flat
+
+
+def _is_there(client: "MlflowClient", run_id: str) -> bool:
+    """Whether the store has a run; one that was deleted, and could be restored, takes nothing."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
 
 
 def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:

@@ -220,7 +220,8 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """What of a checkpoint are no tensors: optimiser steps that moved, and the scale of an fp16 loss; JSON."""
-        return {"steps": self.optimizer.steps, "loss_scale": self._scale.value, "good_steps": self._scale.good_steps}
+        scale = {"value": self._scale.value, "good_steps": self._scale.good_steps} if self._scale.dynamic else None
+        return {"steps": self.optimizer.steps, "loss_scale": scale}
 
     def snapshot(self) -> dict[str, Tensor]:
         """This rank's share of the master state, copied to the CPU; a collective call.
@@ -247,8 +248,8 @@ class Engine:
             raise CheckpointError(f"The checkpoint's state lacks {', '.join(missing)}; start over with --fresh.")
         self._master.take_over(tensors)
         self.optimizer.set_steps(state["steps"])
-        if self._scale.dynamic:
-            self._scale.value, self._scale.good_steps = state["loss_scale"], state["good_steps"]
+        if self._scale.dynamic and (scale := state["loss_scale"]):  # none of a run that was not in fp16 so far
+            self._scale.value, self._scale.good_steps = scale["value"], scale["good_steps"]
 
     def close(self) -> None:
         """Frees what DeepSpeed holds."""

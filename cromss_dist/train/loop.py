@@ -136,16 +136,15 @@ class Pretraining:
             while self.step < self.timeline.total_steps:
                 self._beat("data")
                 verdict = self._train_step()
-                if verdict.stop:
-                    self._stop()
                 if self.step % self.config.train.log_every_steps == 0 or self.step == self.timeline.total_steps:
                     self._log()
+                if verdict.stop:
+                    self._stop()
                 self._validate()
                 if self.timeline.saves_after(self.step) and not self.guard.in_streak:
                     self._save()
                 self.profile.step()
-            self.safeguards.checkpoints.wait()
-            self._tell_of_savings()
+            self._finish_saving()
 
     def _train_step(self) -> Verdict:
         meter, engine = self.meter, self.engine
@@ -163,6 +162,8 @@ class Pretraining:
         meter.step_done(result.grad_norm, result.applied)
         if reason := self.guard.settle(verdict, result, self.step):
             self._tell_of_bad_step(reason, verdict, result, progress)
+            if self.guard.in_streak:  # what the run would go on from
+                self._finish_saving()
             self.guard.check(self.safeguards.hang.run_dir, self.safeguards.checkpoints.last_committed)
         return verdict
 
@@ -225,6 +226,7 @@ class Pretraining:
             self._stop()
         loss = validation.losses["total"]
         if not math.isfinite(loss):
+            self._finish_saving()
             raise TrainingError(
                 f"The validation loss is {loss} at step {self.step}; a smaller train.lr, engine.grad_clip or "
                 "engine.precision=fp32 may help."
@@ -249,6 +251,7 @@ class Pretraining:
         self._beat("saving")
         self._saved_step = self.step
         with self.meter.phase("checkpoint"):
+            self.safeguards.checkpoints.wait()  # else two snapshots were in memory
             self.safeguards.checkpoints.save(self.step, self._state(), self.engine.snapshot())
         self._tell_of_savings()
 
@@ -277,8 +280,7 @@ class Pretraining:
         if self._saved_step != self.step and not self.guard.in_streak:
             self._save()
         self._beat("waiting for the checkpoint")
-        checkpoints.wait()
-        self._tell_of_savings()
+        self._finish_saving()
         kept = checkpoints.last_committed
         state = "nothing of it is saved" if kept is None else f"it is saved up to step {kept}"
         raise PreemptedError(f"The run was asked to stop after step {self.step}; {state}.")
@@ -287,8 +289,12 @@ class Pretraining:
         """Takes note of a saving that has come to its end on all ranks; a collective call."""
         busy = torch.tensor([float(not self.safeguards.checkpoints.ended)], device=self.world.device)
         if float(self.world.reduce_sum(busy)) == 0:
-            self.safeguards.checkpoints.wait()
-            self._tell_of_savings()
+            self._finish_saving()
+
+    def _finish_saving(self) -> None:
+        """Waits until what is being saved is on disk, and tells of it; a collective call."""
+        self.safeguards.checkpoints.wait()
+        self._tell_of_savings()
 
     def _tell_of_savings(self) -> None:
         """Events of what was saved, and of what could not be, once each."""

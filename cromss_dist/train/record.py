@@ -34,11 +34,14 @@ class Record:
         append_event(self._file, kind, **values)
 
     def catch_up(self, step: int) -> None:
-        """Sends the tracker the figures up to a step, of which a process that was killed may have kept some; it drops what it has."""
+        """Sends the tracker the figures up to a step, of which a killed process may have kept some; it drops what it has."""
+        figures = {}
         for event in read_events(self._run_dir):
             if event["event"] in ("progress", "validation") and event["step"] <= step:
-                samples = {"train/samples": float(event["samples"])} if event["event"] == "progress" else {}
-                self.tracker.log_metrics(event["metrics"] | samples, event["step"])
+                figures[event["event"], event["step"]] = event  # of a step that was computed again, the last
+        for (kind, _), event in sorted(figures.items(), key=lambda item: item[0][1]):
+            samples = {"train/samples": float(event["samples"])} if kind == "progress" else {}
+            self.tracker.log_metrics(event["metrics"] | samples, event["step"])
 
     def metrics(self, values: Mapping[str, float], step: int, samples: int) -> None:
         """Training figures at an optimiser step; also the sign of life that progress bars follow."""

@@ -4,8 +4,10 @@ Layer 3.
 """
 
 import fcntl
+import itertools
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,12 +55,10 @@ def read_summary(run_dir: Path) -> RunSummary | None:
     return RunSummary(**json.loads(path.read_text())) if path.exists() else None
 
 
-def open_run_dir(config: RunConfig, resume: Path | None) -> Path:
-    """The folder of a run that starts; or one to go on in, whose `config.yaml` is the config from now on."""
-    if resume is None:
-        return new_run_dir(config)
-    write_atomically(resume / CONFIG_FILE, to_yaml(config).encode())
-    return resume
+def mark_as_begun(run_dir: Path, config: RunConfig) -> None:
+    """What a run's folder says once the run goes on: this is its config from now on, and it is not finished."""
+    (run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of before it was made longer
+    write_atomically(run_dir / CONFIG_FILE, to_yaml(config).encode())
 
 
 def new_run_dir(config: RunConfig) -> Path:
@@ -76,12 +76,13 @@ def new_run_dir(config: RunConfig) -> Path:
 
 
 @contextmanager
-def working_in(run_dir: Path, command: str) -> Iterator[None]:
+def working_in(run_dir: Path, command: str, fresh: bool = False) -> Iterator[None]:
     """Holds a run's folder, clears what ended an earlier attempt, and says after an error how the run goes on.
 
     Args:
         run_dir: Folder of the run.
         command: What `--resume` is an argument of: `cromss pretrain`.
+        fresh: Whether the run starts over: all that it has left goes to a folder `before-<n>` in it.
 
     Raises:
         OutputExistsError: another launcher works in it.
@@ -97,6 +98,8 @@ def working_in(run_dir: Path, command: str) -> Iterator[None]:
             ) from error
         forget_stop(run_dir)
         set_aside_errors(run_dir)
+        if fresh:
+            _start_over(run_dir)
         try:
             yield
         except (PreemptedError, HangError, TrainingError) as error:
@@ -104,3 +107,13 @@ def working_in(run_dir: Path, command: str) -> Iterator[None]:
             raise
     finally:
         os.close(lock)
+
+
+def _start_over(run_dir: Path) -> None:
+    """Leaves nothing but the config: no checkpoint to go on from, no figures to go on with."""
+    stay = re.compile(rf"{CONFIG_FILE}|{_LOCK_FILE}|before-[0-9]+")
+    left = [path for path in sorted(run_dir.iterdir()) if not stay.fullmatch(path.name)]
+    aside = next(place for number in itertools.count(1) if not (place := run_dir / f"before-{number}").exists())
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)

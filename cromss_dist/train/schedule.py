@@ -37,9 +37,12 @@ class Timeline:
         return cls(epoch_samples, batch, *map(steps, lengths))
 
     def validates_after(self, step: int) -> bool:
-        """Whether a validation follows `step` steps: none, each interval and the end, but not twice in a row there."""
+        """Whether a validation follows `step` steps: none, each interval and the end, but not twice in a row there.
+
+        The end may lie behind: a run can be made shorter than it is already.
+        """
         left = self.total_steps - step
-        return step == 0 or left == 0 or (step % self.validate_every_steps == 0 and left >= self.validate_every_steps / 2)
+        return step == 0 or left <= 0 or (step % self.validate_every_steps == 0 and left >= self.validate_every_steps / 2)
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint follows `step` steps: each interval and the end."""

@@ -1,6 +1,5 @@
 """Ranks that train nothing, in place of launch.worker.work: what a launcher does is seen without minutes of training."""
 
-import json
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ def rank(arguments: dict[str, Any]) -> None:
     with (run_dir / f"{ATTEMPTS_FILE}-{number}").open("a+") as file:
         file.seek(0)
         attempt = len(file.readlines())
-        file.write(json.dumps({"fresh": arguments["fresh"]}) + "\n")
+        file.write("started\n")
     how = arguments["config"]["name"].split(".")[attempt]
     try:
         with HangWatch(run_dir, number, arguments["config"]["faults"]["hang_timeout_s"]) as watch, StopRequest(run_dir) as stop:
@@ -63,7 +62,7 @@ def main() -> None:
         faults=FaultConfig(hang_timeout_s=2),
     )
     with working_in(run_dir, "python launch/local.py"):
-        ray_run.run_on_ray(config, run_dir, fresh=True)
+        ray_run.run_on_ray(config, run_dir)
 
 
 if __name__ == "__main__":

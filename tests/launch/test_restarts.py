@@ -1,6 +1,5 @@
 """What the launcher makes of workers that die, hang, stop or fail; the last test with Ray's, the others without."""
 
-import json
 import os
 import signal
 import subprocess
@@ -70,7 +69,7 @@ def run_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 
         monkeypatch.setattr(ray_run, "_run_workers", run_workers)
         try:
-            ray_run.run_on_ray(CONFIG, tmp_path, fresh=True, profile=True)
+            ray_run.run_on_ray(CONFIG, tmp_path, profile=True)
         finally:
             assert len(started) == len(attempts)
         return started
@@ -85,7 +84,6 @@ Run = Callable[..., list[dict[str, Any]]]
 def test_workers_that_die_or_hang_start_again_and_the_run_goes_on(run_attempts: Run, tmp_path: Path) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     started = run_attempts(die, HANG, finish)
-    assert [arguments["fresh"] for arguments in started] == [True, False, False], "the first attempt's checkpoints count"
     assert all(arguments["profile"] for arguments in started)
     told = [event["text"] for event in read_events(tmp_path)]
     assert told[0].startswith("A worker died without a message of its own: The actor died. Ray's logs are in /logs. The workers")
@@ -160,7 +158,6 @@ def test_ray_s_workers_start_again_and_stop_when_all_processes_get_sigterm(tmp_p
         driver.kill()  # Ray's processes end with it
     assert driver.returncode == PreemptedError.exit_code, error
     assert error.startswith("PreemptedError: The run was asked to stop at step 7 and is saved. It goes on with: python launch/")
-    assert [json.loads(line)["fresh"] for line in attempts[0].read_text().splitlines()] == [True, False, False]
     assert {"hang.json", "error-rank0.json", "stacks-rank00000.txt"} <= {p.name for p in (tmp_path / "failure-1").iterdir()}
     died, hung = (event["text"] for event in read_events(tmp_path))
     assert died.startswith("A worker died")

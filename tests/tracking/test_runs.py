@@ -154,9 +154,14 @@ def test_metrics_wait_while_the_store_is_away(
     assert history(store_uri, run.run_id, "loss") == [(0, 0.0), (1, 1.0)]
 
 
-def test_a_run_that_does_not_exist_cannot_be_resumed(store_uri: str) -> None:
-    with pytest.raises(RegistryError, match=rf"Run '{'0' * 32}' cannot be started"):
-        RunTracker(store_uri, "cromss", "r", run_id="0" * 32)
+def test_a_run_that_the_store_has_lost_goes_on_as_a_new_one(store_uri: str) -> None:
+    deleted = RunTracker(store_uri, "cromss", "r").run_id
+    connect(store_uri).delete_run(deleted)
+    for lost in ("0" * 32, deleted):
+        with RunTracker(store_uri, "cromss", "r", run_id=lost) as run:
+            run.log_metrics({"loss": 1.0}, 1)
+        assert run.run_id != lost
+        assert history(store_uri, run.run_id, "loss") == [(1, 1.0)]
 
 
 def test_a_full_disk_is_told_without_sql_and_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,7 @@ def refusals(world: World, folder: Path, zero_stage: int) -> None:
 def resumed(world: World, folder: Path, zero_stage: int, source: Path) -> None:
     """Takes over what `shares` saved, saves it again, and trains on."""
     engine = build(world, _other(Normed()), zero_stage=zero_stage)
-    engine.restore(load_shares(source), {"steps": 2, "loss_scale": 1.0, "good_steps": 0})
+    engine.restore(load_shares(source), {"steps": 2, "loss_scale": None})
     save_file(engine.snapshot(), folder / f"share-{world.rank}.safetensors")
     losses = [step_by(engine, batch, world) for batch in batches(4)[2:]]
     save_file({"losses": torch.tensor(losses, dtype=torch.float64)}, folder / f"losses-{world.rank}.safetensors")
@@ -272,8 +272,14 @@ def measured(world: World, folder: Path, free: int) -> None:
     model = Normed()
     engine = build(world, model, zero_stage=3)
     engine._must_measure = True
+    model.register_forward_pre_hook(lambda *_: torch.rand(1, out=drawn))
+    drawn, expected = torch.empty(1), torch.rand(STEPS, generator=torch.Generator().manual_seed(5))
+    torch.manual_seed(5)
+    losses = []
     with patch("cromss_dist.train.engine.free_bytes", lambda device: free * (1 if world.rank == 0 else 100)):
-        losses = [step_by(engine, batch, world) for batch in batches()]
+        for batch, draw in zip(batches(), expected, strict=True):
+            losses.append(step_by(engine, batch, world))
+            assert drawn == draw, "measuring draws no random numbers: a resumed run measures at another step"
     recomputes = torch.tensor("forward" in vars(model.get_submodule("s1.0")))
     seen = model.get_buffer("s1.0.layers.1.num_batches_tracked").clone()
     columns = {"losses": torch.tensor(losses), "recomputes": recomputes, "seen": seen}

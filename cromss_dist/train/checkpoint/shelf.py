@@ -3,7 +3,6 @@
     step-0000120/              a checkpoint: checkpoint.json and a safetensors file of each rank
     .step-0000160.<token>/     one that is being written, or removed; of no use after a crash
     quarantine/                those that did not verify, each with its reason in a text file
-    quarantine/fresh-1/        those of before a start with --fresh
 
 Layer 3.
 """
@@ -64,8 +63,9 @@ class Shelf:
 
     def sweep(self) -> None:
         """Removes what savings and removals left that did not come to their end."""
-        for leftover in self.folder.glob(".step-*"):
-            _remove(leftover)
+        for pattern in (".step-*", ".seen-by-all.*"):
+            for leftover in self.folder.glob(pattern):
+                _remove(leftover)
 
     def purge(self, keep: int, trusted: set[int]) -> None:
         """Removes all but `keep` checkpoints, oldest first; those that are known to verify are the last to go."""
@@ -89,22 +89,8 @@ class Shelf:
         return aside
 
     def has_quarantined(self) -> bool:
-        """Whether there are some that did not verify since the last fresh start."""
+        """Whether there are some that did not verify."""
         return any(self.quarantine.glob("step-*"))
-
-    def start_over(self) -> Path | None:
-        """Moves all that is here, quarantined ones too, out of the way; returns where to, None: there was nothing."""
-        old = [*map(self.path, self.steps()), *self.quarantine.glob("step-*")]
-        if not old:
-            return None
-        self.quarantine.mkdir(exist_ok=True)
-        number = 1 + sum(1 for _ in self.quarantine.glob("fresh-*"))
-        aside = self.quarantine / f"fresh-{number}"
-        aside.mkdir()
-        for path in old:
-            path.rename(aside / path.name)
-        sync_folder(self.folder)
-        return aside
 
     def _hidden(self, step: int) -> Path:
         return self.folder / f".{step_name(step)}.{secrets.token_hex(8)}"

@@ -142,16 +142,13 @@ class Checkpoints:
         if outcome["note"]:
             self.events.append(outcome["note"])
 
-    def newest(self, fresh: bool = False) -> Saved | None:
+    def newest(self) -> Saved | None:
         """The newest checkpoint that verifies, the same on all ranks; those that do not are set aside with their reason.
 
         What savings left that did not come to their end is removed.
 
-        Args:
-            fresh: Whether to start over: all that is there is set aside.
-
         Returns:
-            None where there is nothing to go on from, because nothing was ever saved or `fresh` was asked for.
+            None where nothing was ever saved.
 
         Raises:
             CheckpointError: there are checkpoints, and none verifies.
@@ -159,12 +156,6 @@ class Checkpoints:
         """
         self.wait()
         self._on_main(self._shelf.sweep)
-        if fresh:
-            if aside := self._on_main(self._start_over):
-                self.events.append(f"started over; what was there is in {aside}")
-            self.last_committed = None
-            self._trusted.clear()
-            return None
         while content := self._choose():
             record = Record.from_json(content)
             folder = self._shelf.path(record.step)
@@ -238,10 +229,6 @@ class Checkpoints:
         probe = self._shelf.folder / f".seen-by-all.{secrets.token_hex(8)}"
         probe.touch(exist_ok=False)
         return probe.name  # the folder itself may have another path on another node
-
-    def _start_over(self) -> str | None:
-        aside = self._shelf.start_over()
-        return str(aside) if aside else None
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
         """What `work` gives on rank 0, JSON types, on all ranks; what it is refused, too."""
