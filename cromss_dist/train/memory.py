@@ -15,9 +15,11 @@ def saved_bytes(forward: Callable[[Tensor, Tensor], object], s1: Tensor, s2: Ten
     """Bytes that a forward pass of this batch keeps for its backward pass, weights aside.
 
     Measured with at most 3 samples and carried on from there: what grows with the batch does so by the sample, and copies
-    of weights in half precision do not grow.
+    of weights in half precision do not grow. Dropout draws afterwards what it would have drawn: a run that is resumed
+    measures at another step.
     """
-    few = [_measure(forward, s1[:count], s2[:count]) for count in sorted({min(len(s1), 2), min(len(s1), 3)})]
+    with torch.random.fork_rng([s1.device] if s1.is_cuda else []):
+        few = [_measure(forward, s1[:count], s2[:count]) for count in sorted({min(len(s1), 2), min(len(s1), 3)})]
     return few[-1] + (len(s1) - 3) * (few[-1] - few[0]) if len(s1) > 3 else few[-1]
 
 

@@ -272,14 +272,19 @@ def measured(world: World, folder: Path, free: int) -> None:
     model = Normed()
     engine = build(world, model, zero_stage=3)
     engine._must_measure = True
-    model.register_forward_pre_hook(lambda *_: torch.rand(1, out=drawn))
-    drawn, expected = torch.empty(1), torch.rand(STEPS, generator=torch.Generator().manual_seed(5))
+    drawn = torch.empty(1)
+
+    def draw(*_: Any) -> None:
+        drawn.uniform_()
+
+    model.register_forward_pre_hook(draw)
+    expected = torch.rand(STEPS, generator=torch.Generator().manual_seed(5))
     torch.manual_seed(5)
     losses = []
     with patch("cromss_dist.train.engine.free_bytes", lambda device: free * (1 if world.rank == 0 else 100)):
-        for batch, draw in zip(batches(), expected, strict=True):
+        for batch, number in zip(batches(), expected, strict=True):
             losses.append(step_by(engine, batch, world))
-            assert drawn == draw, "measuring draws no random numbers: a resumed run measures at another step"
+            assert drawn == number, "measuring draws no random numbers: a resumed run measures at another step"
     recomputes = torch.tensor("forward" in vars(model.get_submodule("s1.0")))
     seen = model.get_buffer("s1.0.layers.1.num_batches_tracked").clone()
     columns = {"losses": torch.tensor(losses), "recomputes": recomputes, "seen": seen}
