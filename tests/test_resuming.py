@@ -92,6 +92,16 @@ def stopped_after(folder: Path, config: RunConfig, world: int, steps: int) -> No
     assert codes == [75] * world
 
 
+def test_a_stop_at_any_step_does_not_show_in_local_batch_norms(config: RunConfig, tmp_path: Path) -> None:
+    config = of_steps(replace(config, engine=replace(config.engine, batch_norm="local")), 5)
+    _, weights = uninterrupted(tmp_path / "whole", config, 2)
+    folder = tmp_path / "cut"
+    content = start_folder(folder, config)
+    stopped_after(folder, config, world=2, steps=2)
+    assert run_ranks(traced_run, 2, folder, content) == [0, 0]
+    assert (folder / "model.safetensors").read_bytes() == weights, "with their running statistics"
+
+
 def test_a_run_on_two_then_one_then_two_ranks_sees_the_same_samples_and_losses(config: RunConfig, tmp_path: Path) -> None:
     config = of_steps(config, 21)
     whole, _ = uninterrupted(tmp_path / "whole", config, 2)

@@ -125,7 +125,7 @@ class Engine:
             grad_clip=engine.grad_clip,
             reduce_sum=world.reduce_sum if engine.zero_stage > 0 else None,
         )
-        self._master = MasterState(model, self.optimizer, engine.zero_stage, world)
+        self._master = MasterState(model, self.optimizer, engine, world)
         deepspeed = import_deepspeed(world.device)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
         self._engine, *_ = deepspeed.initialize(
@@ -188,13 +188,7 @@ class Engine:
         Each rank normalises by its own micro batch, so each has seen other pixels. Without this, the ranks would validate
         different networks. Training steps do not use these numbers. Global batch norms agree already.
         """
-        buffers = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
-        if not buffers or self._config.batch_norm == "global":
-            return
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
-        mean = self._world.reduce_sum(flat) / self._world.size
-        for buffer, part in zip(buffers, torch.split(mean, [buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(part.view_as(buffer))
+        self._master.average_buffers()
 
     @property
     def lr(self) -> float:
@@ -224,14 +218,11 @@ class Engine:
         return {"steps": self.optimizer.steps, "loss_scale": scale}
 
     def snapshot(self) -> dict[str, Tensor]:
-        """This rank's share of the master state, copied to the CPU; a collective call.
-
-        `batch_norm='local'` averages running statistics over ranks first, see `average_running_statistics`.
+        """This rank's share of the master state, copied to the CPU; a collective call that changes nothing.
 
         Returns:
             What `MasterState` describes; the shares of all ranks are disjoint, about equally large, and complete.
         """
-        self.average_running_statistics()
         return self._master.share()
 
     def restore(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 Layer 3. With engine.py, the home of DeepSpeed.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cromss_dist.config import EngineConfig
 from cromss_dist.errors import CheckpointError
 from cromss_dist.train.optimizer import MOMENTS, GuardedAdam
 from cromss_dist.world import World
@@ -21,16 +23,19 @@ class MasterState:
     """Reads and writes the master state; every method is a collective call. To be made before DeepSpeed partitions the model.
 
     Keys are `weights/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>`, all float32, and `buffers/<name>` in their own type.
+    Local batch norms have other running statistics on each rank: `buffers/<name>` is their mean, for any number of ranks to go
+    on with, and `buffers-<rank>-of-<ranks>/<name>` each rank's own, with which as many ranks go on to the bit.
 
     Args:
         model: The networks.
         optimizer: Their Adam.
-        zero_stage: What DeepSpeed partitions: 1 and 2 what Adam has of weights, 3 the weights, too.
+        engine: Its ZeRO stage says what is partitioned: at 1 and 2 what Adam has of weights, at 3 the weights, too.
         world: This process among the others.
     """
 
-    def __init__(self, model: nn.Module, optimizer: GuardedAdam, zero_stage: int, world: World) -> None:
-        self._model, self._optimizer, self._stage, self._world = model, optimizer, zero_stage, world
+    def __init__(self, model: nn.Module, optimizer: GuardedAdam, engine: EngineConfig, world: World) -> None:
+        self._model, self._optimizer, self._stage, self._world = model, optimizer, engine.zero_stage, world
+        self._has_own_buffers = engine.batch_norm == "local"
         self._parameters = dict(model.named_parameters())
         self._layout = {
             f"{kind}/{name}": (parameter.shape, torch.float32)
@@ -66,13 +71,20 @@ class MasterState:
     @torch.no_grad()
     def share(self) -> dict[str, Tensor]:
         """This rank's part, copied to the CPU: those of all ranks are disjoint, about equally large, and complete."""
-        owners = self._owners()
-        share = {}
+        owners, means, share = self._owners(), self._mean_buffers(), {}
         for key in self._layout:
             value = self._read(key)
             if owners[key] == self._world.rank:
-                share[key] = value.detach().to("cpu", copy=True).contiguous()
+                share[key] = means.get(key, value).detach().to("cpu", copy=True).contiguous()
+            if key in means:
+                share[self._own(key)] = value.to("cpu", copy=True)
         return share
+
+    @torch.no_grad()
+    def average_buffers(self) -> None:
+        """Gives all ranks the mean of their buffers, where each has its own."""
+        for key, mean in self._mean_buffers().items():
+            self._write(key, mean)
 
     @torch.no_grad()
     def take_over(self, tensors: Mapping[str, Tensor]) -> None:
@@ -83,7 +95,8 @@ class MasterState:
         """
         self._check(tensors)
         for key in self._layout:
-            self._write(key, tensors[key].to(self._world.device))
+            chosen = own if (own := self._own(key)) in tensors else key
+            self._write(key, tensors[chosen].to(self._world.device))
 
     def _read(self, key: str) -> Tensor:
         """A tensor of the master state, whole on every rank; a collective call where it is partitioned."""
@@ -132,6 +145,21 @@ class MasterState:
         else:
             set_moment(parameter, value, kind)
 
+    def _own(self, key: str) -> str:
+        """The key of this rank's own value of a buffer."""
+        return re.sub(f"^{_BUFFERS}/", f"{_BUFFERS}-{self._world.rank}-of-{self._world.size}/", key)
+
+    def _mean_buffers(self) -> dict[str, Tensor]:
+        """Means over ranks of the buffers of which each has its own, by key; counts are the same on all."""
+        kinds = self._layout.items() if self._has_own_buffers else ()
+        keys = [key for key, (_, dtype) in kinds if key.startswith(f"{_BUFFERS}/") and dtype.is_floating_point]
+        if not keys:
+            return {}
+        buffers = [self._read(key) for key in keys]
+        total = self._world.reduce_sum(torch.cat([buffer.flatten() for buffer in buffers]))
+        means = torch.split(total / self._world.size, [buffer.numel() for buffer in buffers])
+        return {key: mean.view_as(buffer) for key, mean, buffer in zip(keys, means, buffers, strict=True)}
+
     def _owners(self) -> dict[str, int]:
         """The rank that saves each tensor: the largest first, each to whoever has least."""
         sizes = {key: shape.numel() * dtype.itemsize for key, (shape, dtype) in self._layout.items()}
@@ -142,7 +170,7 @@ class MasterState:
         return owners
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        given = set(tensors)
+        given = {key for key in tensors if not key.startswith(f"{_BUFFERS}-")}
         found = {key: (tensors[key].shape, tensors[key].dtype) for key in sorted(self._layout.keys() & given)}
         problems = {
             "missing": sorted(self._layout.keys() - given),
