@@ -143,7 +143,8 @@ def _check_sqlite(path: Path) -> None:
             "CROMSS_TRACKING_URI; `cromss pretrain` creates one."
         )
     try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+        # Not mode=ro, with which a store whose writer was killed cannot be opened: SQLite first takes back what was half done.
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)) as database:
             found = database.execute("SELECT count(*) FROM sqlite_master WHERE name IN ('runs', 'model_versions')").fetchone()[0]
     except sqlite3.DatabaseError as error:
         raise RegistryError(

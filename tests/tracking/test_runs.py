@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -152,6 +153,19 @@ def test_metrics_wait_while_the_store_is_away(
     assert "2 metric points wait to be sent" in caplog.text
     run.close()
     assert history(store_uri, run.run_id, "loss") == [(0, 0.0), (1, 1.0)]
+
+
+def test_a_store_whose_writer_was_killed_in_the_middle_is_used_again(store_uri: str, tmp_path: Path) -> None:
+    path = Path(store_uri.removeprefix("sqlite:///"))
+    cut = tmp_path / "cut.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA cache_size = 1")  # so that half of what follows is in the file
+        database.executemany("INSERT INTO tags VALUES (?, ?, 'no run')", [(str(n), "x" * 500) for n in range(100)])
+        for suffix in ("", "-journal"):
+            shutil.copyfile(f"{path}{suffix}", f"{cut}{suffix}")
+    with RunTracker(f"sqlite:///{cut}", "cromss", "r") as run:
+        run.log_metrics({"loss": 1.0}, 1)
+    assert history(f"sqlite:///{cut}", run.run_id, "loss") == [(1, 1.0)]
 
 
 def test_a_run_that_the_store_has_lost_goes_on_as_a_new_one(store_uri: str) -> None:

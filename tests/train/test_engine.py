@@ -157,7 +157,7 @@ def test_a_checkpoint_of_other_networks_is_refused_before_anything_changes(zero_
     assert "1 unknown (weights/s3.1.weight)" in unknown
     assert "1 of another shape or type (exp_avg/s1.1.weight: (9, 3, 1, 1) torch.float32)" in shape
     assert "torch.float16" in half
-    assert "lacks loss_scale, steps" in state
+    assert "lacks loss_scale; start over" in state
     assert "--fresh" in missing
 
 
