@@ -1,5 +1,6 @@
 """Whole runs on two ranks in which steps go wrong, and the replay of these steps in one process."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from cromss_dist.data.loading.augment import prepare
 from cromss_dist.errors import DivergenceError
 from cromss_dist.replay import replay
 from cromss_dist.schema import Example
+from cromss_dist.train.checkpoint import writer
 from cromss_dist.train.events import read_events
 from cromss_dist.world import World
-from tests.ranks import run_ranks
+from tests.ranks import Ranks, run_ranks
 from tests.whole_runs import start_folder, trace_of, traced_run
 
 STEPS = 8
@@ -59,6 +61,27 @@ def run_with_bad_pixels(world: World, run_dir: Path, config: dict[str, Any], fir
 
     vars(cromss_dist.train.loop)["prepare"] = spoil
     traced_run(world, run_dir, config)
+
+
+def run_that_ends_while_it_is_saved(world: World, run_dir: Path, config: dict[str, Any]) -> None:
+    """The same, bad from step 4 on, where the disk of rank 1 takes longer for step 3 than the bad steps do."""
+    write_share = writer.write_share
+
+    def write_late(*arguments: Any) -> Any:
+        time.sleep(2 * world.rank)
+        return write_share(*arguments)
+
+    vars(writer)["write_share"] = write_late
+    run_with_bad_pixels(world, run_dir, config, 4, 99)
+
+
+def test_a_run_that_diverges_while_it_is_saved_names_that_checkpoint(config: RunConfig, tmp_path: Path) -> None:
+    config = replace(config, faults=FaultConfig(max_bad_steps=1, bundles=0))
+    run_dir = tmp_path / "run"
+    with Ranks(run_that_ends_while_it_is_saved, 2, run_dir, start_folder(run_dir, config)) as ranks:
+        assert ranks.wait() == [DivergenceError.exit_code] * 2
+        assert "of step 3" in ranks.output(1)
+    assert [event["step"] for event in events_of(run_dir, "checkpoint")] == [3]
 
 
 def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -169,6 +169,18 @@ def scaled_steps(world: World, folder: Path, zero_stage: int) -> None:
     engine.close()
 
 
+def scale_after_fp32(world: World, folder: Path) -> None:
+    """fp16 that goes on from fp32."""
+    engine = build(world)
+    tensors, state = engine.snapshot(), engine.state()
+    engine.close()
+    engine = build(world, precision="fp16")
+    first = engine.loss_scale
+    engine.restore(tensors, state)
+    assert engine.loss_scale == first > 1
+    engine.close()
+
+
 def shares(world: World, folder: Path, zero_stage: int) -> None:
     """Trains, saves every rank's share, trains on; writes the losses after the saving."""
     engine = build(world, zero_stage=zero_stage)

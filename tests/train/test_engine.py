@@ -146,6 +146,10 @@ def test_shares_of_a_snapshot_weigh_about_the_same(tmp_path: Path) -> None:
     assert max(sizes) <= 1.2 * min(sizes)
 
 
+def test_fp16_that_goes_on_from_fp32_scales_its_loss_as_if_it_had_begun_so(tmp_path: Path) -> None:
+    assert run_ranks(programs.scale_after_fp32, 1, tmp_path) == [0]
+
+
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_a_checkpoint_of_other_networks_is_refused_before_anything_changes(zero_stage: int, tmp_path: Path) -> None:
     run(programs.shares, 1, tmp_path, 0)
