@@ -20,6 +20,7 @@ from cromss_dist.config import RunConfig
 from cromss_dist.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"  # in the run's folder
+_FLAGS = ("config", "dry-run", "resume", "fresh", "profile", "print_config")  # beside the config's keys
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
 
 def _parser(prog: str | None = None, description: str | None = None) -> ArgumentParser:
     set_parsing_settings(import_path_denylist=["*"])  # else a config's `class_path` imports any module before it is refused
-    return ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
+    # No abbreviations: `--resum RUN_DIR` would be found too late to read the run's config, and start a new run.
+    return ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False, allow_abbrev=False)
 
 
 def _run_config(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
@@ -131,7 +133,7 @@ def _explain(message: str) -> str:
     key = f"{in_group[1]}.{in_group[2]}" if in_group else (alone[1] or alone[2]) if alone else None
     if key is None:
         return " ".join(message.split()) + ". See --help for every key and its type."
-    known = known_keys()
+    known = [*known_keys(), *_FLAGS]
     tail = key.rsplit(".", 1)[-1]
     # The right name in the wrong group first (engine.lr -> train.lr), then the like-sounding ones.
     near = [k for k in known if k.rsplit(".", 1)[-1] == tail] or difflib.get_close_matches(key, known, 2, 0.6)

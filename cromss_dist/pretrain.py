@@ -5,6 +5,7 @@ Layer 4.
 
 import os
 import platform
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -125,7 +126,7 @@ def run_in_process(parsed: ParsedRun, console: Console) -> RunSummary:
 def report(summary: RunSummary, console: Console) -> None:
     """Prints what a finished run left, and how to look at it."""
     console.print(f"  {summary.samples} samples at {summary.samples_per_s:.1f} samples/s", highlight=False)
-    console.print(f"  mlflow ui --backend-store-uri {summary.tracking_uri}", highlight=False, soft_wrap=True)
+    console.print(f"  mlflow ui --backend-store-uri {shlex.quote(summary.tracking_uri)}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

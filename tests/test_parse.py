@@ -47,6 +47,7 @@ def test_the_folder_to_go_on_in_is_absolute(run_dir: Path, monkeypatch: pytest.M
         (["--resume"], r"--resume needs the folder of a run"),
         (["--resume", "--train.lr", "1"], r"--resume needs the folder of a run"),
         (["--fresh"], r"--fresh=true is allowed only with --resume"),
+        (["--resum", "/nowhere"], r"Unknown config key 'resum'; did you mean resume"),
     ],
 )
 def test_a_wrong_flag_says_what_is_allowed(arguments: list[str], message: str) -> None:

@@ -4,6 +4,7 @@ Layer 3. What is decided depends on sums over ranks and on numbers that are equa
 """
 
 import math
+import shlex
 from collections import deque
 from pathlib import Path
 from statistics import median
@@ -15,6 +16,7 @@ from torch import Tensor
 from cromss_dist.config import FaultConfig
 from cromss_dist.errors import DivergenceError
 from cromss_dist.train.engine import StepResult
+from cromss_dist.train.replay import FOLDER as BUNDLES_FOLDER
 from cromss_dist.world import World
 
 # A level that the loss keeps for longer is no spike: warm-ups end, ramps of the selection rise, rates change.
@@ -117,16 +119,17 @@ class Guard:
         """
         if self._bad_in_a_row < self.config.max_bad_steps:
             return
-        mend = "start it with a smaller train.lr, with engine.grad_clip or with engine.precision=fp32"
-        if last_checkpoint is not None:
-            mend = (
-                f"go on from the checkpoint of step {last_checkpoint} with --resume {run_dir} and a smaller --train.lr, with "
-                "--engine.grad_clip or with --engine.precision fp32"
-            )
+        kept = (
+            "no checkpoint is from before them"
+            if last_checkpoint is None
+            else f"the newest checkpoint is of step {last_checkpoint}"
+        )
+        bundles = shlex.quote(str(run_dir / BUNDLES_FOLDER))
         raise DivergenceError(
             f"The last {self._bad_in_a_row} steps, from step {self._bad_since} on, were not finite ({self._bad_reason}); "
-            f"faults.max_bad_steps={self.config.max_bad_steps} ends the run. None of them moved the weights or was saved. Find "
-            f"out why with `cromss replay` and a folder in {run_dir / 'replay'}, or {mend}."
+            f"faults.max_bad_steps={self.config.max_bad_steps} ends the run. None of them moved the weights; {kept}. To find out "
+            f"why, give `cromss replay` a folder in {bundles}; to go on, a smaller --train.lr, --engine.grad_clip or "
+            "--engine.precision fp32 may help."
         )
 
     @property

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cromss_dist.config import RunConfig
 from cromss_dist.data.staging import write_atomically
-from cromss_dist.errors import HangError, OutputExistsError, PreemptedError, TrainingError
+from cromss_dist.errors import CheckpointError, ConfigError, OutputExistsError
 from cromss_dist.parse import CONFIG_FILE, to_yaml, write_yaml
 from cromss_dist.train.failure import set_aside_errors
 from cromss_dist.train.stop import forget_stop
@@ -102,8 +102,9 @@ def working_in(run_dir: Path, command: str, fresh: bool = False) -> Iterator[Non
             _start_over(run_dir)
         try:
             yield
-        except (PreemptedError, HangError, TrainingError) as error:
-            error.add_note(f"It goes on with: {command} --resume {shlex.quote(str(run_dir))}")
+        except BaseException as error:
+            if not isinstance(error, (ConfigError, CheckpointError)):  # these say what has to change before
+                error.add_note(f"It goes on with: {command} --resume {shlex.quote(str(run_dir))}")
             raise
     finally:
         os.close(lock)

@@ -3,6 +3,7 @@
 Layer 3.
 """
 
+import shlex
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from cromss_dist.train.events import EVENTS_FILE, Tail
 
 POLL_S = 0.2
 LINES_OFF_TERMINAL = 10  # of progress, over a run
+SILENCE_S = 600.0  # without a line off a terminal, after which progress is one: a tenth of a run may take a day
 _SPEED_WINDOW_S = 3600.0  # of the time left; must hold two progress events, which may be minutes apart
 
 # What is shown of a progress event, by importance: names of its metrics, and their text, which may be empty.
@@ -75,6 +77,7 @@ class _Viewer:
         self.console = console
         self._total = 1
         self._lines_printed = 0
+        self._last_line_s = 0.0  # time of an event
         self._saved_step: int | None = None
         self._task: TaskID | None = None
         self._bar = _Bar(
@@ -106,7 +109,7 @@ class _Viewer:
         self._say(event["text"])
 
     def _on_start(self, event: dict[str, Any]) -> None:
-        self._total = event["total_samples"]
+        self._total, self._last_line_s = event["total_samples"], event["time"]
         if self._task is None:  # a run that is restarted starts again
             self._task = self._bar.add_task("training", total=self._total)
 
@@ -125,8 +128,9 @@ class _Viewer:
         if self._task is not None:
             self._bar.update(self._task, completed=event["samples"])
         line = event["samples"] * LINES_OFF_TERMINAL // self._total
-        if not self.console.is_terminal and line > self._lines_printed:
-            self._lines_printed = line
+        due = line > self._lines_printed or event["time"] >= self._last_line_s + SILENCE_S
+        if due and not self.console.is_terminal:
+            self._lines_printed, self._last_line_s = line, event["time"]
             self._say(f"training {event['samples'] / self._total:4.0%}  {event['samples']} samples  {'  '.join(figures)}")
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
@@ -157,4 +161,4 @@ def _figures(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _kept(event: Mapping[str, Any]) -> str:
-    return f"; cromss replay {event['bundle']}" if event["bundle"] else ""
+    return f"; cromss replay {shlex.quote(event['bundle'])}" if event["bundle"] else ""

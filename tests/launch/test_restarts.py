@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 
 from cromss_dist.config import EngineConfig, LaunchConfig, RunConfig
-from cromss_dist.errors import CromssError, DivergenceError, HangError, OutputExistsError, PreemptedError, TrainingError
+from cromss_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    CromssError,
+    DivergenceError,
+    HangError,
+    LoaderError,
+    OutputExistsError,
+    PreemptedError,
+    ShardError,
+    TrainingError,
+)
 from cromss_dist.train.events import read_events
 from cromss_dist.train.failure import write_error
 from cromss_dist.train.run_folder import working_in
@@ -127,14 +138,21 @@ def test_who_works_in_a_folder_clears_it_and_keeps_others_out(tmp_path: Path) ->
         pass
 
 
-@pytest.mark.parametrize("error", [PreemptedError("x"), HangError("x"), TrainingError("x"), DivergenceError("x")])
-def test_an_error_after_which_a_run_can_go_on_says_how(tmp_path: Path, error: CromssError) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(PreemptedError("x"), HangError("x"), DivergenceError("x"), ShardError("x"), LoaderError("x"), OSError("x")),
+        *(KeyboardInterrupt(), ConfigError("x"), CheckpointError("x")),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_after_which_a_run_can_go_on_says_how(tmp_path: Path, error: BaseException) -> None:
     folder = tmp_path / "my runs"
     folder.mkdir()
     with pytest.raises(type(error)) as caught, working_in(folder, "cromss pretrain"):
         raise error
-    notes = [] if isinstance(error, DivergenceError) else [f"It goes on with: cromss pretrain --resume '{folder}'"]
-    assert getattr(caught.value, "__notes__", []) == notes, "DivergenceError names its own way"
+    notes = [] if isinstance(error, (ConfigError, CheckpointError)) else [f"It goes on with: cromss pretrain --resume '{folder}'"]
+    assert getattr(caught.value, "__notes__", []) == notes, "what has to change first, ConfigError and CheckpointError say"
 
 
 @pytest.mark.slow

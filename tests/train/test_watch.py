@@ -63,7 +63,10 @@ FIGURES = "loss 2.500  40.0/s  kept S1 62% S2 50%  agree 81%  gradient 1.23  dat
 
 
 def progress(samples: int, **metrics: float) -> dict[str, Any]:
-    return {"event": "progress", "step": samples // 10, "samples": samples, "metrics": METRICS | metrics}
+    return {"event": "progress", "time": 10.0, "step": samples // 10, "samples": samples, "metrics": METRICS | metrics}
+
+
+START = {"event": "start", "time": 0.0, "total_samples": 1000}
 
 
 def shown(tmp_path: Path, events: list[dict[str, Any]], width: int, terminal: bool = False) -> str:
@@ -79,7 +82,7 @@ def shown(tmp_path: Path, events: list[dict[str, Any]], width: int, terminal: bo
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_a_terminal_shows_every_figure_whole_and_nothing_beyond_its_width(tmp_path: Path, width: int) -> None:
     saved = {"event": "checkpoint", "step": 120, "folder": "step-0000120", "seconds": 1.5}
-    text = shown(tmp_path, [{"event": "start", "total_samples": 1000}, saved, progress(250)], width, terminal=True)
+    text = shown(tmp_path, [START, saved, progress(250)], width, terminal=True)
     lines = text.rstrip().splitlines()
     assert max(map(len, lines)) <= width
     last = text[text.rindex("training") :]
@@ -89,23 +92,29 @@ def test_a_terminal_shows_every_figure_whole_and_nothing_beyond_its_width(tmp_pa
 
 
 def test_off_a_terminal_a_line_has_all_figures_whatever_its_width(tmp_path: Path) -> None:
-    text = shown(tmp_path, [{"event": "start", "total_samples": 1000}, progress(500)], width=40)
+    text = shown(tmp_path, [START, progress(500)], width=40)
     assert text == f"  training  50%  500 samples  {FIGURES}\n"
+
+
+def test_off_a_terminal_a_slow_run_has_a_line_every_ten_minutes(tmp_path: Path) -> None:
+    events = [progress(minute) | {"time": 60.0 * minute} for minute in range(1, 35)]
+    text = shown(tmp_path, [START, *events], width=200)
+    assert re.findall(r"(\d+) samples", text) == ["10", "20", "30"]
 
 
 def test_a_figure_that_a_run_does_not_have_is_left_out(tmp_path: Path) -> None:
     event = progress(500, **{"train/skipped_steps": 0.0})
     for name in ("train/grad_norm", "train/kept_s2", "train/loss/total"):  # an interval of skipped steps, say
         del event["metrics"][name]
-    text = shown(tmp_path, [{"event": "start", "total_samples": 1000}, event], width=40)
+    text = shown(tmp_path, [START, event], width=40)
     assert text == "  training  50%  500 samples  40.0/s  agree 81%  data wait 4%\n"
 
 
 def test_what_goes_wrong_is_said_in_a_line_each(tmp_path: Path) -> None:
     events = [
-        {"event": "start", "total_samples": 1000},
+        START,
         {"event": "resumed", "step": 20, "samples": 200, "folder": "step-0000020", "differences": ["4 ranks, not 2", "bf16"]},
-        {"event": "bad_step", "step": 21, "reason": "loss is nan", "bundle": "runs/a/replay/step-0000021"},
+        {"event": "bad_step", "step": 21, "reason": "loss is nan", "bundle": "my runs/a/replay/step-0000021"},
         {"event": "bad_step", "step": 22, "reason": "loss is inf", "bundle": None},
         {"event": "spike", "step": 23, "reason": "spike: loss is 99", "skipped": True, "bundle": None},
         {"event": "spike", "step": 24, "reason": "spike: loss is 98", "skipped": False, "bundle": None},
@@ -113,7 +122,7 @@ def test_what_goes_wrong_is_said_in_a_line_each(tmp_path: Path) -> None:
     ]
     assert shown(tmp_path, events, width=40).splitlines() == [
         "  goes on after step 20 from step-0000020, with 4 ranks, not 2, bf16",
-        "  step 21 skipped: loss is nan; cromss replay runs/a/replay/step-0000021",
+        "  step 21 skipped: loss is nan; cromss replay 'my runs/a/replay/step-0000021'",
         "  step 22 skipped: loss is inf",
         "  step 23 skipped: spike: loss is 99",
         "  step 24: spike: loss is 98",
@@ -125,7 +134,7 @@ def test_what_a_folder_says_of_an_earlier_start_is_not_shown_again(tmp_path: Pat
     with (tmp_path / EVENTS_FILE).open("a") as file:
         append_event(file, "stage", text="of before")
         append_event(file, "start", total_samples=1000)
-    again = [{"event": "start", "total_samples": 1000}, progress(600)]
+    again = [START, progress(600)]
     text = shown(tmp_path, [*again, *again], width=200)
     assert text.count("training") == 1
     assert "of before" not in text
