@@ -23,7 +23,7 @@ from cromss_dist.tracking.runs import RunTracker
 from cromss_dist.train.checkpoint.store import Checkpoints
 from cromss_dist.train.continuation import changes_of
 from cromss_dist.train.engine import Engine
-from cromss_dist.train.events import read_events
+from cromss_dist.train.events import read_events, tell
 from cromss_dist.train.hang import HangWatch
 from cromss_dist.train.loop import Pretraining, Safeguards
 from cromss_dist.train.preflight import Preflight
@@ -66,6 +66,11 @@ def pretrain(config: RunConfig, run_dir: Path, profile: bool = False) -> RunSumm
         changes = changes_of(saved.state["config"], config) if saved else []
         summary = read_summary(run_dir) if world.is_main else None
         if world.broadcast_json(summary is not None and summary.samples >= preflight.timeline.total_samples):
+            if world.is_main:
+                tell(
+                    run_dir,
+                    "the run has come to its end already; a larger --train.epochs makes it longer, --fresh starts it over",
+                )
             return summary  # and the encoders are not registered once more
         if world.is_main:
             mark_as_begun(run_dir, config)  # not before: checkpoints of another config refuse this one

@@ -13,7 +13,7 @@ import torch
 
 from cromss_dist.config import RunConfig
 from cromss_dist.errors import ConfigError, HangError, PreemptedError, TrainingError
-from cromss_dist.train.events import EVENTS_FILE, append_event
+from cromss_dist.train.events import tell
 from cromss_dist.train.failure import read_error, set_aside_errors
 from cromss_dist.train.run_folder import RunSummary, read_summary
 from cromss_dist.train.stop import SIGNALS, passing_on_signals, stop_requested
@@ -69,8 +69,9 @@ def run_on_ray(config: RunConfig, run_dir: Path, *, profile: bool = False) -> Ru
                 raise PreemptedError(f"The run was asked to stop, and ended before it was saved again: {lost}") from lost
             if not restarts_left:
                 raise lost
-            _tell(run_dir, f"{lost} The workers start again; restarts that are left after this one: {restarts_left - 1}.")
-            set_aside_errors(run_dir)
+            folder = set_aside_errors(run_dir)
+            left = f" What it left is in {folder}." if folder else ""
+            tell(run_dir, f"{lost}{left} The workers start again; restarts that are left after this one: {restarts_left - 1}.")
     summary = read_summary(run_dir)
     assert summary is not None, "rank 0 leaves it"
     return summary
@@ -151,9 +152,3 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
-
-
-def _tell(run_dir: Path, text: str) -> None:
-    """Among the events of the run: whoever watches it sees them, and they stay."""
-    with (run_dir / EVENTS_FILE).open("a") as file:
-        append_event(file, "stage", text=text)

@@ -17,6 +17,12 @@ def append_event(file: IO[str], kind: str, **values: Any) -> None:
     file.flush()
 
 
+def tell(run_dir: Path, text: str) -> None:
+    """Among the events of a run that writes none at this time: whoever watches it sees the text, and it stays."""
+    with (run_dir / EVENTS_FILE).open("a") as file:
+        append_event(file, "stage", text=text)
+
+
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events of a run so far; none if it has no file of events yet."""
     return Tail(run_dir / EVENTS_FILE).read()

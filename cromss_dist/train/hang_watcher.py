@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import select
+import shlex
 import signal
 import sys
 import time
@@ -55,14 +56,15 @@ def watch(rank_pid: int, rank: int, timeout_s: float, memory_fd: int, socket_fd:
         else (f"Rank {rank}, at '{place}', was ended since another one hung")
     )
     message += (
-        f". The stacks of all ranks are in {os.path.join(run_dir, 'stacks-rank*.txt')}; if a step, a batch of validation or a "
-        "saving is rightly that long, raise faults.hang_timeout_s."
+        ". The stacks of all ranks are in stacks-rank*.txt in the run's folder; if a step, a batch of validation or a saving is "
+        "rightly that long, raise faults.hang_timeout_s."
     )
     content = {"type": "HangError", "message": message, "rank": rank, "place": place, "silent_s": silent_s}
     _write(error_file, content)
     if hangs:
         _write(hang_file, content)
-        print(f"HangError: {message}", file=sys.stderr, flush=True)
+        # Where the rank is its own launcher, nobody else says it.
+        print(f"HangError: {message} It goes on with: --resume {shlex.quote(run_dir)}", file=sys.stderr, flush=True)
     # A rank that ends breaks the collectives of the others, which then end as well: first they dump their stacks.
     time.sleep(3 * period_s)
     os.write(socket_fd, b"x")

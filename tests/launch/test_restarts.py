@@ -98,7 +98,10 @@ def test_workers_that_die_or_hang_start_again_and_the_run_goes_on(run_attempts: 
     assert all(arguments["profile"] for arguments in started)
     told = [event["text"] for event in read_events(tmp_path)]
     assert told[0].startswith("A worker died without a message of its own: The actor died. Ray's logs are in /logs. The workers")
-    assert told[1].startswith("Rank 1 gave no sign of life. The workers start again; restarts that are left after this one: 0")
+    assert told[1].startswith(
+        f"Rank 1 gave no sign of life. What it left is in {tmp_path / 'failure-1'}. The workers start again;"
+    )
+    assert told[1].endswith("restarts that are left after this one: 0.")
     assert (tmp_path / "failure-1" / "error-rank1.json").exists()
     assert signal.getsignal(signal.SIGTERM) == handler
 

@@ -56,7 +56,8 @@ def content_of(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("how", range(len(HANGS)), ids=[function.__name__ for function in HANGS])
 def test_a_hang_ends_every_rank_with_its_stacks_on_disk(tmp_path: Path, how: int) -> None:
-    codes = run_ranks(hang, 2, tmp_path, how, timeout_s=40)
+    with Ranks(hang, 2, tmp_path, how, timeout_s=40) as ranks:
+        codes = ranks.wait()
     cannot_run_python = HANGS[how] is hold_the_lock_of_the_interpreter
     assert codes == [76, -signal.SIGKILL if cannot_run_python else 76]
     # Of the rank that hangs, and of the one that waits for it.
@@ -69,6 +70,8 @@ def test_a_hang_ends_every_rank_with_its_stacks_on_disk(tmp_path: Path, how: int
     error = read_error(tmp_path)
     assert isinstance(error, HangError)
     assert "gave no sign of life for 2.0 s after" in str(error)
+    # Nobody else says it where a rank is its own launcher.
+    assert f"HangError: {error} It goes on with: --resume {tmp_path}\n" in ranks.output(0) + ranks.output(1)
 
 
 def live(world: World, folder: Path, seconds: float, timeout_s: float) -> None:
