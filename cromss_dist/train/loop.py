@@ -307,7 +307,7 @@ class Pretraining:
         if committed is not None and committed != told:
             self.record.checkpoint(committed, str(checkpoints.path(committed)), checkpoints.last_seconds)
         for reason in failures:
-            self.record.event("stage", text=f"a checkpoint could not be written: {reason}")
+            self.record.event("stage", text=reason)
 
     def _tell_of_bad_step(self, reason: str, verdict: Verdict, result: StepResult, progress: float) -> None:
         """An event, and a replay bundle while there is room for one; a collective call."""
