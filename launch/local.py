@@ -4,6 +4,7 @@ Layer 5. Workers are started by Ray Train, over NCCL on GPUs and gloo on a CPU; 
 this process instead, with the same numbers.
 """
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,7 +41,11 @@ def run(parsed: ParsedRun, console: Console) -> RunSummary:
     workers = num_workers(config)
     Preflight.of(config, workers)
     run_dir = parsed.resume or new_run_dir(config)
-    with working_in(run_dir, PROG, parsed.fresh), watching(run_dir, console), ending_the_run(run_dir, config.tracking_uri):
+    with (
+        working_in(run_dir, shlex.join([sys.orig_argv[0], sys.argv[0]]), parsed.fresh),
+        watching(run_dir, console),
+        ending_the_run(run_dir, config.tracking_uri),
+    ):
         console.print(f"  Ray starts {workers} worker{'s' if workers > 1 else ''} ...", highlight=False)
         return run_on_ray(config, run_dir, profile=parsed.profile)
 
