@@ -136,8 +136,12 @@ def report(summary: RunSummary, console: Console) -> None:
 
 @contextmanager
 def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path) -> Iterator[Record | None]:
-    """On rank 0 the record of a run, which ends as FINISHED, FAILED or KILLED with the block; a run that goes on keeps its id."""
+    """On rank 0 the record of a run, which ends as FINISHED, FAILED or KILLED with the block; a run that goes on keeps its id.
+
+    No rank goes on before there is one, so that every error of theirs is of a run that is recorded.
+    """
     if not world.is_main:
+        world.barrier()
         yield None
         return
     config = preflight.config
@@ -159,6 +163,7 @@ def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path
             if run_id not in (None, tracker.run_id):
                 record.event("stage", text=f"run {run_id} is not in {tracker.uri}; run {tracker.run_id} takes its place")
             record.event("start", total_samples=preflight.timeline.total_samples, run_id=tracker.run_id)
+            world.barrier()
             yield record
         finally:
             record.close()
