@@ -286,7 +286,7 @@ class EngineConfig:
         device: 'auto' takes a GPU where torch finds one.
         batch_norm: What batch norms normalise by: 'global', all ranks' pixels of a micro step; 'local', one rank's, as
             published.
-        channels_last: Memory format of images and activations; 'auto' is true.
+        channels_last: Whether channels come last in the memory of images and activations; 'auto' is true on a GPU.
         activation_checkpointing: Whether activations are computed again in the backward pass instead of kept; 'auto' does it
             on a GPU where they would not fit.
         compile: Whether torch.compile builds the networks' kernels, which takes minutes; 'auto' is false.

@@ -48,6 +48,16 @@ def resolve_precision(engine: EngineConfig, device: torch.device) -> Precision:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def resolve_memory_format(engine: EngineConfig, device: torch.device) -> torch.memory_format:
+    """That of images, and so of all activations; says what 'auto' means on a device.
+
+    DeepSpeed views weights as flat bytes, so they stay contiguous. A CPU is slower with channels last, and its batch norms
+    are less exact: docs/training.md, docs/numerics.md.
+    """
+    channels_last = device.type == "cuda" if engine.channels_last == "auto" else engine.channels_last
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def deepspeed_config(engine: EngineConfig, plan: BatchPlan) -> dict[str, Any]:
     """DeepSpeed's dictionary for our config."""
     zero: dict[str, Any] = {"stage": engine.zero_stage}
@@ -98,8 +108,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, engine: EngineConfig, train: TrainConfig, plan: BatchPlan, world: World) -> None:
         self.precision = resolve_precision(engine, world.device)
-        # Of the images alone, and so of all activations; DeepSpeed views weights as flat bytes, so they stay contiguous.
-        self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format  # 'auto' is true
+        self.memory_format = resolve_memory_format(engine, world.device)
         self._config, self._world, self._model = engine, world, model
         self._scale = LossScale(dynamic=self.precision == "fp16")
         if engine.batch_norm == "global":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cromss_dist.config import EngineConfig, LossConfig, plan_batches
 from cromss_dist.losses import CromssLoss
-from cromss_dist.train.engine import deepspeed_config, resolve_precision
+from cromss_dist.train.engine import deepspeed_config, resolve_memory_format, resolve_precision
 from tests.ranks import run_ranks
 from tests.train import engine_programs as programs
 from tests.train.engine_programs import CLIP, STEPS, TRAIN, Normed, TwoHeads, batches, cross_entropy, flat, rate
@@ -245,3 +245,11 @@ def test_auto_precision_is_fp32_on_a_cpu_and_bf16_on_a_gpu_only_where_it_is_not_
     assert resolve_precision(EngineConfig(), gpu) == "bf16"
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert resolve_precision(EngineConfig(), gpu) == "fp16"
+
+
+def test_channels_come_last_on_a_gpu_unless_told_otherwise() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert resolve_memory_format(EngineConfig(), cpu) == torch.contiguous_format
+    assert resolve_memory_format(EngineConfig(), gpu) == torch.channels_last
+    assert resolve_memory_format(EngineConfig(channels_last=True), cpu) == torch.channels_last
+    assert resolve_memory_format(EngineConfig(channels_last=False), gpu) == torch.contiguous_format
