@@ -17,6 +17,7 @@ from cromss_dist.data.loading.draws import Draws
 from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.losses import CromssLoss
 from cromss_dist.parse import parse_run
+from cromss_dist.train.engine import resolve_memory_format
 from cromss_dist.train.preflight import Preflight
 
 
@@ -29,6 +30,7 @@ def main() -> None:
     preflight, data, train, reading = Preflight.of(config, 1), config.data, config.train, config.data.reading
     model, loss = preflight.build_model(), CromssLoss(config.loss)
     optimizer = torch.optim.Adam(model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
+    memory_format = resolve_memory_format(config.engine, torch.device("cpu"))
     timeline, patch_px = preflight.timeline, preflight.data.dataset.patch_px
     loader = TrainLoader(
         plan=preflight.data.train_plan(preflight.plan),
@@ -45,7 +47,7 @@ def main() -> None:
             draws = Draws(config.seed, batch.epochs.numpy(), batch.sample_ids.numpy())
             geometry = train_geometry(draws, patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
             example = prepare(batch, geometry, data.s1_bands, data.s2_bands, config.loss.prior, "cpu")
-            s1, s2 = (x.contiguous(memory_format=torch.channels_last) for x in (example.s1, example.s2))
+            s1, s2 = (x.contiguous(memory_format=memory_format) for x in (example.s1, example.s2))
             progress = timeline.epochs((step - 1) * timeline.global_batch)
             logits_s1, logits_s2 = model(s1, s2)
             total = loss(logits_s1, logits_s2, example.label, example.prior, progress, example.weights).total

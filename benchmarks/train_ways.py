@@ -20,7 +20,7 @@ from cromss_dist.losses import CromssLoss
 from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.schema import NUM_CLASSES, NUM_SEASONS, S1_BANDS, S2_BANDS, Example
 from cromss_dist.train.accumulation import accumulated_step
-from cromss_dist.train.engine import Engine
+from cromss_dist.train.engine import Engine, resolve_memory_format
 from cromss_dist.train.guard import Guard
 from cromss_dist.train.meter import Meter
 from cromss_dist.world import World
@@ -141,10 +141,11 @@ def bare_step(size: Size, device: torch.device, precision: torch.dtype = torch.f
     model, loss = build_model(size, device), CromssLoss(LOSS)
     optimizer = torch.optim.Adam(model.parameters(), TRAIN.lr, weight_decay=TRAIN.weight_decay, fused=True)
     inputs = make_inputs(size, device, 0, size.batch)
+    memory_format = resolve_memory_format(EngineConfig(), device)
 
     def take() -> float:
         example = inputs.with_prior()
-        s1, s2 = (x.contiguous(memory_format=torch.channels_last) for x in (example.s1, example.s2))
+        s1, s2 = (x.contiguous(memory_format=memory_format) for x in (example.s1, example.s2))
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits_s1, logits_s2 = model(s1, s2)
         total = loss(logits_s1, logits_s2, example.label, example.prior, EPOCH, example.weights).total
