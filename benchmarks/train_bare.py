@@ -1,4 +1,4 @@
-"""A plain torch loop over the batches of a run, one JSON line an interval of its log: what `launch/local.py` is held against.
+"""A plain torch loop over the batches of a run, one JSON line an interval of its log: what `launch/pretrain.py` is held against.
 
     python benchmarks/train_bare.py CONFIG
 
@@ -17,8 +17,8 @@ from cromss_dist.data.loading.draws import Draws
 from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.losses import CromssLoss
 from cromss_dist.parse import parse_run
-from cromss_dist.train.engine import resolve_memory_format
 from cromss_dist.train.preflight import Preflight
+from cromss_dist.train.step.engine import resolve_memory_format
 
 
 def main() -> None:

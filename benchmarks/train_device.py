@@ -19,7 +19,7 @@ from train_contenders import run_loss
 from train_ways import OurStep, Run, Size, alternate, bare_step, build_model, make_inputs, published_step
 
 from cromss_dist.config import EngineConfig
-from cromss_dist.train.engine import Engine
+from cromss_dist.train.step.engine import Engine
 from cromss_dist.world import World, join
 
 SIZE = Size("resnet50", 256, 128)

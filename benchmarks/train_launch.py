@@ -75,7 +75,7 @@ def run_of(way: str, config: Path) -> list[float]:
         return [json.loads(line)["samples_per_s"] for line in lines]
     runs = Path(json.loads(config.read_text())["output"])
     known = set(runs.glob("*/events.jsonl"))
-    launch = [sys.executable, str(HERE.parent / "launch" / "local.py"), "--config", str(config)]
+    launch = [sys.executable, str(HERE.parent / "launch" / "pretrain.py"), "--config", str(config)]
     call([*launch, "--launch.ray", "true" if way == "Ray" else "false"])
     (file,) = set(runs.glob("*/events.jsonl")) - known
     events = [json.loads(line) for line in file.read_text().splitlines()]

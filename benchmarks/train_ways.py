@@ -19,10 +19,10 @@ from cromss_dist.data.loading.prior import label_prior
 from cromss_dist.losses import CromssLoss
 from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.schema import NUM_CLASSES, NUM_SEASONS, S1_BANDS, S2_BANDS, Example
-from cromss_dist.train.accumulation import accumulated_step
-from cromss_dist.train.engine import Engine, resolve_memory_format
-from cromss_dist.train.guard import Guard
-from cromss_dist.train.meter import Meter
+from cromss_dist.train.figures.meter import Meter
+from cromss_dist.train.safety.guard import Guard
+from cromss_dist.train.step.accumulation import accumulated_step
+from cromss_dist.train.step.engine import Engine, resolve_memory_format
 from cromss_dist.world import World
 
 SEED = 0

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_pretrain(commands: Any) -> None:
     # The config has its own parser; --help is its, too.
-    pretrain = commands.add_parser("pretrain", help="pretrain in this one process (many: launch/local.py)", add_help=False)
+    pretrain = commands.add_parser("pretrain", help="pretrain in this one process (many: launch/pretrain.py)", add_help=False)
     pretrain.set_defaults(run=_pretrain, takes_rest=True)
 
 
@@ -64,7 +64,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     from cromss_dist.pretrain import report, run_in_process
     from cromss_dist.train.preflight import Preflight
 
-    description = "Pretrains in this process, for debugging and small runs; launch/local.py starts many workers."
+    description = "Pretrains in this process, for debugging and small runs; launch/pretrain.py starts many workers."
     parsed = parse_run(options.rest, prog="cromss pretrain", description=description)
     if parsed.dry_run:
         print(Preflight.of(parsed.config.with_absolute_paths(), world_size=1).describe())

@@ -278,7 +278,8 @@ class EngineConfig:
     Args:
         global_batch: Samples of one optimiser step over all ranks.
         micro_batch: Samples of one forward pass on one rank; null derives it from the other two.
-        accumulation_steps: Forward passes that one optimiser step adds up on each rank.
+        accumulation_steps: Forward passes that one optimiser step adds up on each rank; null is 1, or follows from
+            `micro_batch`, so that fewer ranks make more passes of the same size.
         precision: Arithmetic of the networks; losses, weights and batch norms are always float32. 'auto': bf16 on a GPU that
             has it, else fp16 on a GPU, fp32 on a CPU. fp16 scales the loss, dynamically.
         zero_stage: DeepSpeed ZeRO stage, 0-3.
@@ -295,7 +296,7 @@ class EngineConfig:
 
     global_batch: int = 128
     micro_batch: int | None = None
-    accumulation_steps: int = 1
+    accumulation_steps: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     zero_stage: int = 0
     grad_clip: float = 0.0
@@ -311,7 +312,8 @@ class EngineConfig:
         _require(
             self.micro_batch is None or self.micro_batch >= 1, "engine.micro_batch", self.micro_batch, "give at least 1 or null"
         )
-        _require(self.accumulation_steps >= 1, "engine.accumulation_steps", self.accumulation_steps, "give at least 1")
+        ok = self.accumulation_steps is None or self.accumulation_steps >= 1
+        _require(ok, "engine.accumulation_steps", self.accumulation_steps, "give at least 1 or null")
         _require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "give 0, 1, 2 or 3")
         _require(self.grad_clip >= 0, "engine.grad_clip", self.grad_clip, "give 0 or more")
 
@@ -400,20 +402,25 @@ class LaunchConfig:
     """Which processes run it.
 
     Args:
-        workers: Processes; null takes one a GPU, or one on a machine without GPU.
+        workers: Processes; null takes one a GPU, or one on a machine without GPU; on a cluster those of all its nodes.
+        min_workers: Processes that are enough to go on when machines are lost or not there yet, as far as the global batch
+            divides by them; more are taken as they come. null: all of `workers`, or those of `cluster.min_nodes`.
         cpus_per_worker: CPU cores of each worker: Ray reserves them, torch uses that many threads.
         ray: Whether Ray starts the workers. false runs one worker in this process, for debugging: same numbers.
-        max_restarts: Times that Ray's workers are started again after one died or hung; the run goes on from its last
-            checkpoint.
+        max_restarts: Times in a row that the workers are started again after one died or hung, without a new checkpoint in
+            between; the run goes on from its last one. Machines that come or are taken back with a notice do not count.
     """
 
     workers: int | None = None
+    min_workers: int | None = None
     cpus_per_worker: int = 1
     ray: bool = True
     max_restarts: int = 3
 
     def __post_init__(self) -> None:
         _require(self.workers is None or self.workers >= 1, "launch.workers", self.workers, "give at least 1 or null")
+        ok = self.min_workers is None or 1 <= self.min_workers <= (self.workers or self.min_workers)
+        _require(ok, "launch.min_workers", self.min_workers, "give 1 to launch.workers, or null")
         _require(self.cpus_per_worker >= 1, "launch.cpus_per_worker", self.cpus_per_worker, "give at least 1")
         _require(self.max_restarts >= 0, "launch.max_restarts", self.max_restarts, "give 0 or more")
         _require(
@@ -514,19 +521,29 @@ def plan_batches(engine: EngineConfig, world_size: int) -> BatchPlan:
     Raises:
         BatchError: the numbers do not multiply.
     """
-    parts = engine.accumulation_steps * world_size
+    if engine.accumulation_steps is None and engine.micro_batch is not None:
+        passes, left = divmod(engine.global_batch, engine.micro_batch * world_size)
+        if left:
+            raise BatchError(
+                f"engine.global_batch={engine.global_batch} does not divide by micro_batch {engine.micro_batch} x world "
+                f"{world_size} = {engine.micro_batch * world_size}; set engine.global_batch to a multiple of that, or change "
+                "engine.micro_batch or the number of workers."
+            )
+        return BatchPlan(engine.global_batch, engine.micro_batch, passes, world_size)
+    accumulation = engine.accumulation_steps or 1
+    parts = accumulation * world_size
     micro = engine.micro_batch if engine.micro_batch is not None else engine.global_batch // parts
     if micro * parts != engine.global_batch:
         if engine.micro_batch is None:
             below, above = micro * parts, (micro + 1) * parts
             raise BatchError(
-                f"engine.global_batch={engine.global_batch} does not divide by accumulation {engine.accumulation_steps} x "
+                f"engine.global_batch={engine.global_batch} does not divide by accumulation {accumulation} x "
                 f"world {world_size} = {parts}; set engine.global_batch to {f'{below} or ' if below else ''}{above}, or change "
                 "engine.accumulation_steps or launch.workers."
             )
         raise BatchError(
-            f"engine.global_batch={engine.global_batch} is not micro_batch {micro} x accumulation {engine.accumulation_steps} x "
+            f"engine.global_batch={engine.global_batch} is not micro_batch {micro} x accumulation {accumulation} x "
             f"world {world_size} = {micro * parts}; set engine.global_batch to {micro * parts}, or change engine.micro_batch "
             "(null derives it) or engine.accumulation_steps."
         )
-    return BatchPlan(engine.global_batch, micro, engine.accumulation_steps, world_size)
+    return BatchPlan(engine.global_batch, micro, accumulation, world_size)

@@ -115,6 +115,12 @@ class WorkerError(CromssError):
     exit_code = 71
 
 
+class ClusterError(CromssError):
+    """A cluster does not answer, refuses, is open to anyone, or lacks what the run asks for."""
+
+    exit_code = 68
+
+
 class DownloadError(CromssError):
     """A file could not be fetched: the server is out of reach or refuses, or what it sent is not what it listed."""
 

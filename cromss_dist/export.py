@@ -25,8 +25,8 @@ from cromss_dist.tracking.revision import git_revision
 from cromss_dist.tracking.runs import flatten
 from cromss_dist.train.loop import Pretraining
 from cromss_dist.train.preflight import Preflight
-from cromss_dist.train.record import Record
-from cromss_dist.train.run_folder import WEIGHTS_FILE, RunSummary, write_summary
+from cromss_dist.train.run.folder import WEIGHTS_FILE, RunSummary, write_summary
+from cromss_dist.train.run.record import Record
 
 _VERSIONED = ("torch", "segmentation-models-pytorch", "timm", "deepspeed")
 

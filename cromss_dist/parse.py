@@ -6,21 +6,24 @@ here its errors become a ConfigError that names the nearest valid key.
 
 import argparse
 import difflib
+import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from cromss_dist.cluster import CLUSTER_FILE, ClusterConfig
 from cromss_dist.config import RunConfig
 from cromss_dist.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"  # in the run's folder
-_FLAGS = ("config", "dry-run", "resume", "fresh", "profile", "print_config")  # beside the config's keys
+# Beside the config's keys:
+_FLAGS = ("config", "dry-run", "resume", "fresh", "profile", "print_config", "cluster", "detach", "allow-insecure")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class ParsedRun:
     resume: Path | None = None  # absolute folder of the run that goes on; None starts a new one
     fresh: bool = False  # whether it starts over
     profile: bool = False  # whether a few steps are traced
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    detach: bool = False  # whether the command ends when a job is submitted
+    allow_insecure: bool = False  # whether a cluster is joined that lets anyone in
 
 
 def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
@@ -46,10 +52,18 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def parse_run(argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = None) -> ParsedRun:
+def parse_run(
+    argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = None, clusters: bool = False
+) -> ParsedRun:
     """Parses a launcher's arguments; `argv` defaults to `sys.argv[1:]`.
 
-    With `--resume RUN_DIR` the run's own config takes the place of the defaults, wherever the flag stands.
+    With `--resume RUN_DIR` the run's own config, and cluster, take the place of the defaults, wherever the flag stands.
+
+    Args:
+        argv: Without the program's name.
+        prog: Of the help.
+        description: Of the help.
+        clusters: Whether the launcher knows other machines than this one: `--cluster`, `--detach`, `--allow-insecure`.
 
     Raises:
         ConfigError: unknown key, wrong type or value, unreadable YAML, a folder to go on in that is not a run's.
@@ -65,14 +79,33 @@ def parse_run(argv: Sequence[str] | None = None, prog: str | None = None, descri
     parser.add_argument("--fresh", action="store_true", help="With --resume: sets aside what the run has left and starts over.")
     parser.add_argument("--profile", action="store_true", help="Writes a trace of a few steps into the run's folder.")
     parser.add_class_arguments(RunConfig, as_group=False)
+    ahead = [f"--config={resume / CONFIG_FILE}"] if resume else []
+    if clusters:
+        parser.add_argument("--detach", action="store_true", help="Ends when the job is submitted, and does not follow it.")
+        parser.add_argument(
+            "--allow-insecure", action="store_true", help="Joins a Ray cluster that asks for no token: anyone who reaches it can."
+        )
+        parser.add_class_arguments(ClusterConfig, "cluster")
+        if resume and (resume / CLUSTER_FILE).is_file():
+            ahead.append(f"--cluster={resume / CLUSTER_FILE}")
     try:
-        namespace = parser.parse_args([*([f"--config={resume / CONFIG_FILE}"] if resume else []), *arguments])
+        namespace = parser.parse_args([*ahead, *arguments])
         config = _run_config(parser, namespace)
+        cluster = parser.instantiate(namespace).cluster if clusters else ClusterConfig()
     except (ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(_explain(str(error))) from error
     if namespace.fresh and not resume:
         raise ConfigError("--fresh=true is allowed only with --resume RUN_DIR; a new run has no checkpoints, so leave it out.")
-    return ParsedRun(config, bool(namespace.dry_run), resume, bool(namespace.fresh), bool(namespace.profile))
+    return ParsedRun(
+        config,
+        bool(namespace.dry_run),
+        resume,
+        bool(namespace.fresh),
+        bool(namespace.profile),
+        cluster,
+        bool(clusters and namespace.detach),
+        bool(clusters and namespace.allow_insecure),
+    )
 
 
 def _run_to_resume(arguments: list[str]) -> Path | None:
@@ -91,14 +124,14 @@ def _run_to_resume(arguments: list[str]) -> Path | None:
     return folder
 
 
-def write_yaml(config: RunConfig, path: Path) -> None:
-    """Writes the resolved config, so that `--config PATH` repeats the run."""
+def write_yaml(config: RunConfig | ClusterConfig, path: Path) -> None:
+    """Writes the resolved config, so that `--config PATH` or `--cluster PATH` repeats it."""
     path.write_text(to_yaml(config))
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: RunConfig | ClusterConfig) -> str:
     """The resolved config as YAML."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False)
+    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:

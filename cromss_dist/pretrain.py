@@ -21,17 +21,17 @@ from cromss_dist.parse import CONFIG_FILE, ParsedRun, to_yaml
 from cromss_dist.tracking.revision import git_revision
 from cromss_dist.tracking.runs import RunTracker
 from cromss_dist.train.checkpoint.store import Checkpoints
-from cromss_dist.train.continuation import changes_of
-from cromss_dist.train.engine import Engine
-from cromss_dist.train.events import read_events, tell
-from cromss_dist.train.hang import HangWatch
+from cromss_dist.train.figures.profile import Profile
 from cromss_dist.train.loop import Pretraining, Safeguards
 from cromss_dist.train.preflight import Preflight
-from cromss_dist.train.profile import Profile
-from cromss_dist.train.record import Record
-from cromss_dist.train.run_folder import RunSummary, mark_as_begun, new_run_dir, read_summary, working_in
-from cromss_dist.train.stop import StopRequest
-from cromss_dist.train.watch import watching
+from cromss_dist.train.run.continuation import changes_of
+from cromss_dist.train.run.events import read_events, tell
+from cromss_dist.train.run.folder import RunSummary, mark_as_begun, new_run_dir, read_summary, working_in
+from cromss_dist.train.run.record import Record
+from cromss_dist.train.run.watch import watching
+from cromss_dist.train.safety.hang import HangWatch
+from cromss_dist.train.safety.stop import StopRequest
+from cromss_dist.train.step.engine import Engine
 from cromss_dist.world import World, join
 
 CHECKPOINTS = "checkpoints"
@@ -117,7 +117,7 @@ def run_in_process(parsed: ParsedRun, console: Console) -> RunSummary:
     if config.launch.workers not in (None, 1) or os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
             f"One process cannot be launch.workers={config.launch.workers} (WORLD_SIZE={os.environ.get('WORLD_SIZE', 'unset')}); "
-            "set launch.workers to 1 and unset WORLD_SIZE, or start the run with launch/local.py."
+            "set launch.workers to 1 and unset WORLD_SIZE, or start the run with launch/pretrain.py."
         )
     config = config.with_absolute_paths()
     Preflight.of(config, world_size=1)

@@ -30,8 +30,8 @@ from cromss_dist.models.recompute import recompute_activations
 from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.parse import parse_run
 from cromss_dist.schema import IGNORE, Batch, Example
-from cromss_dist.train.engine import resolve_precision
-from cromss_dist.train.replay import CONFIG_FILE, Bundle, Samples, read_bundle
+from cromss_dist.train.safety.bundle import CONFIG_FILE, Bundle, Samples, read_bundle
+from cromss_dist.train.step.engine import resolve_precision
 from cromss_dist.world import choose_device
 
 _MAX_ROWS = 8  # samples and tensors that are printed

@@ -20,7 +20,7 @@ from cromss_dist.data.store.index import ShardIndex, open_shards
 from cromss_dist.errors import main_guard
 from cromss_dist.parse import parse_run
 from cromss_dist.schema import MODALITIES
-from cromss_dist.train.run_folder import SUMMARY_FILE, RunSummary
+from cromss_dist.train.run.folder import SUMMARY_FILE, RunSummary
 
 CONFIG = "configs/pretrain/demo.yaml"
 FULL_CONFIG = "configs/pretrain/resnet50_13b_middle.yaml"
@@ -74,7 +74,7 @@ def main() -> int:
     for arguments in (
         [_command("mlflow"), "ui", "--backend-store-uri", store, "--host", "127.0.0.1"],
         [_command("cromss"), "registry", "show", f"{list(maps)[-1]}@candidate", "--tracking_uri", store],
-        [sys.executable, "launch/local.py", "--config", FULL_CONFIG, "--data.shards", str(shards), "--dry-run"],
+        [sys.executable, "launch/pretrain.py", "--config", FULL_CONFIG, "--data.shards", str(shards), "--dry-run"],
     ):
         console.print(f"  {_shown(arguments)}", highlight=False, soft_wrap=True)
     return 0
@@ -93,7 +93,7 @@ def _train(console: Console, runs: Path, shards: Path, num_locations: int, sampl
     }
     before = set(runs.glob(f"*/{SUMMARY_FILE}"))
     options = [text for key, value in lengths.items() for text in (f"--{key}", f"{value:.4g}")]
-    _run(console, "launch/local.py", "--config", CONFIG, "--output", str(runs), "--data.shards", str(shards), *options)
+    _run(console, "launch/pretrain.py", "--config", CONFIG, "--output", str(runs), "--data.shards", str(shards), *options)
     (path,) = set(runs.glob(f"*/{SUMMARY_FILE}")) - before
     return RunSummary(**json.loads(path.read_text()))
 

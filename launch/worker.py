@@ -18,7 +18,7 @@ def work(arguments: dict[str, Any]) -> None:
     from cromss_dist.errors import CromssError, StorageError
     from cromss_dist.parse import from_dict
     from cromss_dist.pretrain import pretrain
-    from cromss_dist.train.failure import write_error
+    from cromss_dist.train.safety.failure import write_error
 
     run_dir = Path(arguments["run_dir"])
     try:

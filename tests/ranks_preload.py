@@ -3,7 +3,7 @@
 import torch
 
 import cromss_dist.pretrain
-from cromss_dist.train.engine import import_deepspeed
+from cromss_dist.train.step.engine import import_deepspeed
 
 assert cromss_dist.pretrain
 import_deepspeed(torch.device("cpu"))

@@ -13,7 +13,7 @@ from cromss_dist.parse import parse_run
 from cromss_dist.schema import S2_9
 from cromss_dist.tracking.revision import git_revision
 from cromss_dist.train.preflight import Preflight
-from cromss_dist.train.run_folder import new_run_dir
+from cromss_dist.train.run.folder import new_run_dir
 
 
 def test_runs_of_one_second_get_their_own_folders_with_the_resolved_config(tmp_path: Path) -> None:

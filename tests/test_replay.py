@@ -21,7 +21,7 @@ from cromss_dist.losses import CromssLoss
 from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.replay import replay
 from cromss_dist.schema import Example
-from cromss_dist.train.replay import Bundle, Samples, write_bundle
+from cromss_dist.train.safety.bundle import Bundle, Samples, write_bundle
 
 SEEN, EPOCHS = 16, 1.5
 Scope = Literal["global", "micro", "local"]

@@ -27,9 +27,9 @@ from cromss_dist.parse import CONFIG_FILE, parse_run
 from cromss_dist.schema import MODALITIES
 from cromss_dist.tracking.registry import Registry
 from cromss_dist.tracking.store import connect
-from cromss_dist.train.continuation import changes_of
-from cromss_dist.train.events import read_events
-from cromss_dist.train.run_folder import read_summary, working_in
+from cromss_dist.train.run.continuation import changes_of
+from cromss_dist.train.run.events import read_events
+from cromss_dist.train.run.folder import read_summary, working_in
 from cromss_dist.world import World
 from tests.ranks import run_ranks
 from tests.whole_runs import Trace, run_and_kill, run_until, start_folder, trace_of, traced_run

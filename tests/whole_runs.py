@@ -14,8 +14,8 @@ from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.parse import CONFIG_FILE, from_dict, write_yaml
 from cromss_dist.pretrain import pretrain
 from cromss_dist.schema import Batch
-from cromss_dist.train.engine import StepResult
-from cromss_dist.train.guard import Guard, Verdict
+from cromss_dist.train.safety.guard import Guard, Verdict
+from cromss_dist.train.step.engine import StepResult
 from cromss_dist.world import World
 from tests.forkserver import preload
 from tests.ranks import Ranks

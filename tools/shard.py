@@ -31,7 +31,8 @@ from cromss_dist.data.conversion.plan import locations_per_part
 from cromss_dist.data.conversion.workplace import claimed
 from cromss_dist.data.sample import Source
 from cromss_dist.errors import ConfigError, main_guard
-from launch.parallel import check_joinable, ray_runner
+from launch.parallel import ray_runner
+from launch.session import check_joinable
 from tools.progress import Bars, Rate, finding_files
 
 

@@ -26,7 +26,7 @@ _NUM_SCALARS = 6
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The loss of what one call sees: a micro batch, or all of a step (`train/accumulation.py`).
+    """The loss of what one call sees: a micro batch, or all of a step (`train/step/accumulation.py`).
 
     `parts` are detached float32 scalars: `segmentation_s1`, `ce_s1`, `dice_s1`, `focal_s1` (those configured), `consistency_s1`
     (into S1, unless 'none'), `kept_s1` (mean selection weight of the labelled pixels, in [0, 1]), and the same for s2.

@@ -16,19 +16,19 @@ from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.errors import PreemptedError, StorageError, TrainingError
 from cromss_dist.losses import CromssLoss
 from cromss_dist.schema import Batch, Example
-from cromss_dist.train.accumulation import accumulated_step
 from cromss_dist.train.checkpoint.reader import Saved
 from cromss_dist.train.checkpoint.store import Checkpoints
-from cromss_dist.train.engine import Engine, StepResult
-from cromss_dist.train.guard import Guard, Verdict
-from cromss_dist.train.hang import HangWatch
-from cromss_dist.train.meter import Meter
+from cromss_dist.train.figures.meter import Meter
+from cromss_dist.train.figures.profile import Profile
 from cromss_dist.train.preflight import Preflight
-from cromss_dist.train.profile import Profile
-from cromss_dist.train.record import Record
-from cromss_dist.train.replay import Bundle, Samples, has_room, write_bundle
-from cromss_dist.train.schedule import Plateau, lr_factor
-from cromss_dist.train.stop import StopRequest
+from cromss_dist.train.run.record import Record
+from cromss_dist.train.safety.bundle import Bundle, Samples, has_room, write_bundle
+from cromss_dist.train.safety.guard import Guard, Verdict
+from cromss_dist.train.safety.hang import HangWatch
+from cromss_dist.train.safety.stop import StopRequest
+from cromss_dist.train.step.accumulation import accumulated_step
+from cromss_dist.train.step.engine import Engine, StepResult
+from cromss_dist.train.step.schedule import Plateau, lr_factor
 from cromss_dist.train.validation import Validator
 from cromss_dist.world import World
 

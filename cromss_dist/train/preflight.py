@@ -15,8 +15,8 @@ from cromss_dist.models.encoder import check_encoder_name
 from cromss_dist.models.two_branch import ParameterCounts, TwoBranchUNet
 from cromss_dist.parse import to_yaml
 from cromss_dist.schema import CLASS_NAMES, NUM_CLASSES, Modality
-from cromss_dist.train.engine import resolve_precision
-from cromss_dist.train.schedule import Timeline
+from cromss_dist.train.step.engine import resolve_precision
+from cromss_dist.train.step.schedule import Timeline
 from cromss_dist.world import choose_device
 
 

@@ -17,9 +17,9 @@ from cromss_dist.data.loading.loader import EvalLoader
 from cromss_dist.losses import CromssLoss
 from cromss_dist.schema import MODALITIES, REFERENCE_ARRAY, Batch, Example, Modality
 from cromss_dist.tracking.panels import PanelSample, draw_panels
-from cromss_dist.train.engine import Engine
-from cromss_dist.train.metrics import ConfusionMatrix, Scores
+from cromss_dist.train.figures.metrics import ConfusionMatrix, Scores
 from cromss_dist.train.preflight import Preflight
+from cromss_dist.train.step.engine import Engine
 from cromss_dist.world import World
 
 

@@ -28,10 +28,10 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def launch(synthetic_shards: Path) -> Run:
-    """Runs launch/local.py on the synthetic shards with further arguments; `output` is the folder of runs."""
+    """Runs launch/pretrain.py on the synthetic shards with further arguments; `output` is the folder of runs."""
 
     def run(output: Path, *arguments: str, timeout_s: float = 300) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, str(ROOT / "launch" / "local.py"), *SMALL]
+        command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *SMALL]
         command += ["--output", str(output), "--data.shards", str(synthetic_shards), *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout_s, check=False)
 

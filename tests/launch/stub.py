@@ -9,11 +9,11 @@ from typing import Any
 
 from cromss_dist.config import EngineConfig, FaultConfig, LaunchConfig, RunConfig
 from cromss_dist.errors import CromssError, PreemptedError, main_guard
-from cromss_dist.train.failure import write_error
-from cromss_dist.train.hang import HangWatch
-from cromss_dist.train.run_folder import RunSummary, working_in, write_summary
-from cromss_dist.train.stop import StopRequest
-from launch import ray_run
+from cromss_dist.train.run.folder import RunSummary, working_in, write_summary
+from cromss_dist.train.safety.failure import write_error
+from cromss_dist.train.safety.hang import HangWatch
+from cromss_dist.train.safety.stop import StopRequest
+from launch import driver
 
 ATTEMPTS_FILE = "attempts"
 
@@ -53,7 +53,7 @@ def finish(run_dir: Path) -> None:
 
 def main() -> None:
     """A launcher whose workers are these ranks."""
-    vars(ray_run)["work"] = rank
+    vars(driver)["work"] = rank
     run_dir, name = Path(sys.argv[1]), sys.argv[2]
     config = RunConfig(
         name=name,
@@ -61,8 +61,8 @@ def main() -> None:
         engine=EngineConfig(device="cpu"),
         faults=FaultConfig(hang_timeout_s=2),
     )
-    with working_in(run_dir, "python launch/local.py"):
-        ray_run.run_on_ray(config, run_dir)
+    with working_in(run_dir, "python launch/pretrain.py"):
+        driver.run_on_ray(config, run_dir)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.errors import ConfigError, InputChangedError
-from launch.parallel import cluster
+from launch.session import cluster
 from tests.data.conversions import SMALL, tree
 from tests.data.fake_source import FakeSource
 

@@ -25,11 +25,11 @@ from cromss_dist.errors import (
     ShardError,
     TrainingError,
 )
-from cromss_dist.train.events import read_events
-from cromss_dist.train.failure import write_error
-from cromss_dist.train.run_folder import working_in
-from cromss_dist.train.stop import STOP_FILE, stop_requested
-from launch import ray_run
+from cromss_dist.train.run.events import read_events
+from cromss_dist.train.run.folder import working_in
+from cromss_dist.train.safety.failure import write_error
+from cromss_dist.train.safety.stop import STOP_FILE, stop_requested
+from launch import driver
 from tests.launch.conftest import ROOT, environment
 from tests.launch.stub import finish
 
@@ -78,14 +78,14 @@ def run_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
             started.append(arguments)
             attempts[len(started) - 1](tmp_path)
 
-        monkeypatch.setattr(ray_run, "_run_workers", run_workers)
+        monkeypatch.setattr(driver, "_run_workers", run_workers)
         try:
-            ray_run.run_on_ray(CONFIG, tmp_path, profile=True)
+            driver.run_on_ray(CONFIG, tmp_path, profile=True)
         finally:
             assert len(started) == len(attempts)
         return started
 
-    monkeypatch.setattr(ray_run, "cluster", no_cluster)
+    monkeypatch.setattr(driver, "cluster", no_cluster)
     return run
 
 

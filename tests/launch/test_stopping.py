@@ -19,9 +19,9 @@ from cromss_dist.config import CheckpointConfig, DataConfig, EngineConfig, Model
 from cromss_dist.errors import PreemptedError
 from cromss_dist.tracking.store import connect
 from cromss_dist.train.checkpoint.store import Checkpoints
-from cromss_dist.train.events import read_events
-from cromss_dist.train.guard import Guard
-from cromss_dist.train.hang import HangWatch
+from cromss_dist.train.run.events import read_events
+from cromss_dist.train.safety.guard import Guard
+from cromss_dist.train.safety.hang import HangWatch
 from cromss_dist.world import World
 from tests.launch.conftest import ROOT, SMALL, environment
 from tests.ranks import run_ranks
@@ -155,7 +155,7 @@ def arguments(output: Path, shards: Path) -> list[str]:
     ("command", "extra"),
     [
         (("-m", "cromss_dist.cli", "pretrain"), ("--launch.workers", "1")),
-        pytest.param(("launch/local.py",), ("--launch.workers", "2"), marks=pytest.mark.slow),
+        pytest.param(("launch/pretrain.py",), ("--launch.workers", "2"), marks=pytest.mark.slow),
     ],
     ids=["in process", "Ray"],
 )
@@ -169,7 +169,7 @@ def test_a_command_stops_with_75_says_how_it_goes_on_and_does(
     assert process.returncode == PreemptedError.exit_code, out + err
     assert "Traceback" not in out + err
     (last,) = err.strip().splitlines()
-    told = re.search(r"It goes on with: (?:cromss pretrain|\S+ \S*launch/local.py) (--resume .*)", last)
+    told = re.search(r"It goes on with: (?:cromss pretrain|\S+ \S*launch/pretrain.py) (--resume .*)", last)
     assert told is not None, last
     resume = shlex.split(told[1])
     assert resume == ["--resume", str(run_dir)]
@@ -187,7 +187,7 @@ def test_a_command_stops_with_75_says_how_it_goes_on_and_does(
 def test_a_run_whose_worker_is_killed_starts_again_by_itself_and_ends(
     start: Start, synthetic_shards: Path, tmp_path: Path
 ) -> None:
-    process = start("launch/local.py", *arguments(tmp_path, synthetic_shards), "--checkpoint.every_epochs", "1")
+    process = start("launch/pretrain.py", *arguments(tmp_path, synthetic_shards), "--checkpoint.every_epochs", "1")
     run_dir = wait_for_steps(tmp_path, 6, process)
     os.kill(worker_of(process.pid), signal.SIGKILL)
     out, err = process.communicate(timeout=400)

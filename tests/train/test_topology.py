@@ -16,8 +16,8 @@ from cromss_dist.losses import CromssLoss
 from cromss_dist.models.batch_norm import globalise_batch_norms
 from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.schema import IGNORE, NUM_CLASSES, Example
-from cromss_dist.train.accumulation import accumulated_step
-from cromss_dist.train.engine import Engine
+from cromss_dist.train.step.accumulation import accumulated_step
+from cromss_dist.train.step.engine import Engine
 from cromss_dist.world import World
 from tests.ranks import run_ranks
 

@@ -1,0 +1,120 @@
+"""The folder of a run: how it is made, who works in it, what a finished run leaves.
+
+Layer 3.
+"""
+
+import fcntl
+import itertools
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from cromss_dist.config import RunConfig
+from cromss_dist.data.staging import write_atomically
+from cromss_dist.errors import CheckpointError, ConfigError, OutputExistsError
+from cromss_dist.parse import CONFIG_FILE, to_yaml, write_yaml
+from cromss_dist.train.safety.failure import set_aside_errors
+from cromss_dist.train.safety.stop import forget_stop
+
+SUMMARY_FILE = "summary.json"
+WEIGHTS_FILE = "model.safetensors"
+_LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run leaves; also written as `summary.json` into its folder."""
+
+    run_dir: str
+    run_id: str
+    tracking_uri: str
+    num_train: int
+    num_val: int
+    samples: int
+    samples_per_s: float
+    before: dict[str, float]  # validation metrics before the first step
+    after: dict[str, float]  # and after the last
+    registered: dict[str, int]  # model name -> version, empty where tracking.register is false
+    packages: dict[str, str]  # modality -> folder
+
+
+def write_summary(run_dir: Path, summary: RunSummary) -> None:
+    """Marks a run as finished."""
+    write_atomically(run_dir / SUMMARY_FILE, (json.dumps(asdict(summary), indent=2) + "\n").encode())
+
+
+def read_summary(run_dir: Path) -> RunSummary | None:
+    """What a finished run left; None where it is not finished."""
+    path = run_dir / SUMMARY_FILE
+    return RunSummary(**json.loads(path.read_text())) if path.exists() else None
+
+
+def mark_as_begun(run_dir: Path, config: RunConfig) -> None:
+    """What a run's folder says once the run goes on: this is its config from now on, and it is not finished."""
+    (run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of before it was made longer
+    write_atomically(run_dir / CONFIG_FILE, to_yaml(config).encode())
+
+
+def new_run_dir(config: RunConfig) -> Path:
+    """Creates the run's folder `<output>/<name>-<time>` with the resolved config in it."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        run_dir = Path(config.output).absolute() / f"{config.name}-{stamp}{suffix}"
+        try:
+            run_dir.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        write_yaml(config, run_dir / CONFIG_FILE)
+        return run_dir
+    raise OutputExistsError(f"{run_dir} and 99 like it exist; set name or output to something else.")
+
+
+@contextmanager
+def working_in(run_dir: Path, command: str, fresh: bool = False) -> Iterator[None]:
+    """Holds a run's folder, clears what ended an earlier attempt, and says after an error how the run goes on.
+
+    Args:
+        run_dir: Folder of the run.
+        command: What `--resume` is an argument of: `cromss pretrain`.
+        fresh: Whether the run starts over: all that it has left goes to a folder `before-<n>` in it.
+
+    Raises:
+        OutputExistsError: another launcher works in it.
+    """
+    lock = os.open(run_dir / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputExistsError(
+                f"Another process runs {run_dir}, and two in one folder would spoil its checkpoints; let it end, or ask it to "
+                f"stop with: touch {shlex.quote(str(run_dir / 'stop'))}"
+            ) from error
+        forget_stop(run_dir)
+        set_aside_errors(run_dir)
+        if fresh:
+            _start_over(run_dir)
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, (ConfigError, CheckpointError)):  # these say what has to change before
+                error.add_note(f"It goes on with: {command} --resume {shlex.quote(str(run_dir))}")
+            raise
+    finally:
+        os.close(lock)
+
+
+def _start_over(run_dir: Path) -> None:
+    """Leaves nothing but the config: no checkpoint to go on from, no figures to go on with."""
+    stay = re.compile(rf"{CONFIG_FILE}|{_LOCK_FILE}|before-[0-9]+")
+    left = [path for path in sorted(run_dir.iterdir()) if not stay.fullmatch(path.name)]
+    aside = next(place for number in itertools.count(1) if not (place := run_dir / f"before-{number}").exists())
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)

@@ -1,0 +1,90 @@
+"""A session with Ray: a private cluster on this machine, or one to join.
+
+Layer 5. Ray's processes unpickle references to this module, so it imports nothing heavy.
+"""
+
+import logging
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cromss_dist.errors import ConfigError
+
+
+@cache
+def _new_token() -> str:
+    """One for all clusters that this process starts: Ray reads the file once and keeps what it read."""
+    return secrets.token_hex(32)
+
+
+@contextmanager
+def cluster(num_cpus: int, address: str | None = None, setup_hook: Callable[[], None] | None = None) -> Iterator[str]:
+    """A Ray cluster: of this machine, needing a token, listening on loopback and ending with the block; or one to join.
+
+    Args:
+        num_cpus: Of the cluster that is started.
+        address: Of the cluster that is joined; None: starts one.
+        setup_hook: Called in each of Ray's processes before anything else.
+
+    Yields:
+        The folder of its logs.
+    """
+    with tempfile.TemporaryDirectory(prefix="cromss-ray-") as private:  # mode 0700
+        if address is None:
+            token = Path(private) / "token"
+            with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(_new_token())
+            os.environ |= {
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(token),
+                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off: Ray takes the loopback address as its node's
+            }
+        else:
+            check_joinable(address)
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        import ray  # Ray reads these when it is imported, so the import comes after
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if setup_hook:
+            options["runtime_env"] = {"worker_process_setup_hook": setup_hook}
+        if address is None:
+            options |= {"num_cpus": num_cpus, "include_dashboard": False}
+        try:
+            try:
+                context: Any = ray.init(address=address or "local", **options)
+            except ConnectionError as error:  # an OSError, and no fault of the disk
+                raise ConfigError(
+                    f"No Ray cluster lets us in at {address} ({error}). Check that it runs, that the address is "
+                    f"right, and that its token is the one in {token_path()}."
+                ) from error
+            yield str(Path(context["session_dir"]) / "logs")
+        finally:
+            ray.shutdown()
+
+
+def token_path() -> Path:
+    """The file in which Ray looks for the token of a cluster."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+
+
+def check_joinable(address: str) -> None:
+    """Raises ConfigError unless there is a token that only this user can read, and something answers at `address`."""
+    path = token_path()
+    if os.environ.get("RAY_AUTH_MODE") != "token" or not path.is_file() or path.stat().st_mode & 0o077:
+        raise ConfigError(
+            "A Ray cluster is joined only with a token, since whoever reaches it without one can run code on it: start it with "
+            f"RAY_AUTH_MODE=token, set that here too, and give its token in a file that only you can read (chmod 600 {path})."
+        )
+    host, _, port = address.rpartition(":")
+    try:  # Ray itself would try for minutes
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"Nobody answers at {address} ({error}). Give the address of a running Ray cluster, HOST:PORT, such as 10.0.0.1:6379."
+        ) from error
