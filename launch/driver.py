@@ -1,27 +1,36 @@
-"""Starts the workers of a run with Ray Train.
+"""Runs a pretraining on workers that Ray Train starts: here or on a cluster, again after a loss, more or fewer as machines come.
 
 Layer 5.
 """
 
+import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cromss_dist.cluster import ClusterConfig, Crew
 from cromss_dist.config import RunConfig
 from cromss_dist.errors import ConfigError, HangError, PreemptedError, TrainingError
+from cromss_dist.pretrain import CHECKPOINTS
+from cromss_dist.train.checkpoint.shelf import Shelf
 from cromss_dist.train.run.events import tell
 from cromss_dist.train.run.folder import RunSummary, read_summary
-from cromss_dist.train.safety.failure import read_error, set_aside_errors
-from cromss_dist.train.safety.stop import SIGNALS, passing_on_signals, stop_requested
+from cromss_dist.train.safety.failure import forget_errors, read_error, set_aside_errors
+from cromss_dist.train.safety.stop import SIGNALS, passing_on_signals, stop_requested, take_resize
 from cromss_dist.world import COLLECTIVE_TIMEOUT_S, choose_device
-from launch.session import cluster
+from launch.elastic import Demand, resizing, wait_for_room
+from launch.session import cluster as ray_cluster
 from launch.worker import quiet, work
 
-CONTROLLER_FAILURES = 5  # of Ray's, until an attempt is lost
+LONGEST_PAUSE_S = 60.0  # before the workers start again
+START_TIMEOUT_S = 30  # that Ray waits for the CPUs that it had just told to be free
+HEALTH_INTERVAL_S = 0.5  # between two looks of Ray at the workers
 
 
 def num_workers(config: RunConfig) -> int:
@@ -42,95 +51,228 @@ def num_workers(config: RunConfig) -> int:
     return wish or num_gpus
 
 
-def run_on_ray(config: RunConfig, run_dir: Path, *, profile: bool = False) -> RunSummary:
-    """Runs a pretraining on workers that Ray starts on this machine.
+def demand_of(config: RunConfig, cluster: ClusterConfig) -> Demand:
+    """What a run asks of its machines.
 
-    Workers that die or hang are started again up to `launch.max_restarts` times, and the run goes on from its last
-    checkpoint; the run's events say why. SIGTERM and SIGUSR1 make the workers save and stop.
+    Raises:
+        ConfigError: more workers than the machines have GPUs, or GPUs of machines that are said to have none.
+        BatchError: the global batch divides by no number of workers that is allowed.
+    """
+    if cluster.kind == "here":
+        workers = num_workers(config)
+        gpus = int(choose_device(config.engine.device).type == "cuda")
+        return Demand.of(config, Crew(workers, workers), gpus, per_node=workers)
+    if config.engine.device == "cuda" and not cluster.gpus_per_node:
+        raise ConfigError(
+            "engine.device='cuda' is not allowed with cluster.gpus_per_node=0, CPUs alone; set cluster.gpus_per_node to the GPUs "
+            "of each machine, or engine.device to auto or cpu."
+        )
+    gpus = int(cluster.gpus_per_node > 0 and config.engine.device != "cpu")
+    return Demand.of(config, cluster.crew(config.launch), gpus, cluster.workers_on_each_node())
+
+
+def drive(
+    config: RunConfig,
+    run_dir: Path,
+    cluster: ClusterConfig | None = None,
+    address: str | None = None,
+    *,
+    profile: bool = False,
+    allow_insecure: bool = False,
+) -> RunSummary:
+    """Runs a pretraining to its end on workers that Ray starts, and shows nothing: its events do.
+
+    Workers that die or hang are started again from the last checkpoint, as many as the machines have room for and the batch
+    divides by. Where machines come, or will be taken back with a notice, the run saves itself first, and nothing is lost.
+    SIGTERM and SIGUSR1 to this process, and a file `stop` in the run's folder, make the workers save and stop.
 
     Args:
-        config: The whole run.
-        run_dir: Its folder, made by `new_run_dir`.
+        config: The whole run, with absolute paths.
+        run_dir: Its folder, made by `new_run_dir` and held with `working_in`; on a cluster, all machines see it.
+        cluster: The machines; None is this one.
+        address: `HOST:PORT` of a Ray cluster, of which this process's machine is a part; None: a private one is started on
+            this machine.
         profile: Whether a few steps are traced.
+        allow_insecure: Whether a cluster is joined that asks for no token.
+
+    Returns:
+        What the run left.
 
     Raises:
         CromssError: the error of a worker, with its own type and exit code.
         PreemptedError: the run was asked to stop and is saved.
-        HangError: the workers hung once more than they may be restarted.
-        TrainingError: a worker died without saying why once more than that; the message names Ray's log folder.
+        HangError: the workers hung, or died, once more in a row than `launch.max_restarts`, without a checkpoint in between.
+        TrainingError: the same; the message has all causes, and names Ray's log folder.
+        ClusterError: the cluster cannot be joined, or has had no room for the run for `cluster.wait_s` seconds.
+        BatchError: see `demand_of`, as for ConfigError.
     """
-    arguments = {"config": config.to_dict(), "run_dir": str(run_dir), "profile": profile}
-    with passing_on_signals(run_dir):
-        for restarts_left in range(config.launch.max_restarts, -1, -1):
-            lost = _attempt(config, arguments)
-            if lost is None:
-                break
-            if stop_requested(run_dir):
-                raise PreemptedError(f"The run was asked to stop, and ended before it was saved again: {lost}") from lost
-            if not restarts_left:
-                raise lost
-            folder = set_aside_errors(run_dir)
-            left = f" What it left is in {folder}." if folder else ""
-            tell(run_dir, f"{lost}{left} The workers start again; restarts that are left after this one: {restarts_left - 1}.")
+    cluster = cluster or ClusterConfig()
+    demand = demand_of(config, cluster)
+    run = _Run(config, run_dir, demand, cluster.wait_s, address, profile)
+    with passing_on_signals(run_dir), ExitStack() as joined:
+        if address is not None:
+            run.logs = _join(joined, run, allow_insecure)
+        while (cause := run.attempt()) is not None:
+            run.recover(cause)
     summary = read_summary(run_dir)
     assert summary is not None, "rank 0 leaves it"
     return summary
 
 
-def _attempt(config: RunConfig, arguments: dict[str, Any]) -> HangError | TrainingError | None:
-    """Starts Ray and all workers once, and waits for them.
-
-    Each attempt has a Ray of its own: what is lost may be Ray's, and one that lost workers has kept their CPUs for itself.
-
-    Returns:
-        How workers were lost, None where they came to the end of the run.
-
-    Raises:
-        CromssError: a worker's error, which a new start would not mend.
-    """
-    run_dir = Path(arguments["run_dir"])
-    cpus = num_workers(config) * config.launch.cpus_per_worker
-    with ExitStack() as stack:
-        with _signals_held():
-            logs = stack.enter_context(cluster(cpus, setup_hook=quiet))
-            stack.enter_context(passing_on_signals(run_dir))  # again: Ray has set a handler of its own
-        try:
-            _run_workers(config, arguments)
-        except Exception as error:
-            told = read_error(run_dir)
-            if told is None:
-                return TrainingError(
-                    f"A worker died without a message of its own: {str(error).strip().splitlines()[-1]} Ray's logs are in {logs}."
-                )
-            if isinstance(told, HangError):
-                return told
-            raise told from error
-    return None
+def run_on_ray(config: RunConfig, run_dir: Path, *, profile: bool = False) -> RunSummary:
+    """`drive` on this machine."""
+    return drive(config, run_dir, profile=profile)
 
 
-def _run_workers(config: RunConfig, arguments: dict[str, Any]) -> None:
-    """Starts all workers once and waits for them."""
+@dataclass
+class _Run:
+    """The attempts of a run."""
+
+    config: RunConfig
+    run_dir: Path
+    demand: Demand
+    wait_s: float
+    address: str | None
+    profile: bool
+    logs: str = ""
+    causes: list[str] = field(default_factory=list)  # of losses without a checkpoint in between
+    saved_step: int = -1
+    world: int = 0  # of the last attempt
+
+    def attempt(self) -> Exception | None:
+        """Starts all workers once, and waits for them.
+
+        Returns:
+            What ended them where they shall start again; None where they came to the end of the run.
+
+        Raises:
+            CromssError: a worker's error, which a new start would not mend.
+        """
+        with ExitStack() as stack:
+            if self.address is None:  # what is lost may be Ray's, so that each attempt here has one of its own
+                self.logs = _start(stack, self)
+            places = wait_for_room(self.demand, self.wait_s, self.run_dir)
+            if self.world not in (0, len(places)):
+                tell(self.run_dir, f"The run goes on with {len(places)} workers in place of {self.world}.")
+            self.world = len(places)
+            stack.enter_context(resizing(self.demand, places, self.run_dir))
+            try:
+                _run_workers(self, places)
+            except Exception as error:
+                told = read_error(self.run_dir)
+                if told is None:
+                    return TrainingError(
+                        f"A worker died without a message of its own: {str(error).strip().splitlines()[-1]} Ray's logs are in "
+                        f"{self.logs}."
+                    )
+                if isinstance(told, HangError) or (isinstance(told, PreemptedError) and not stop_requested(self.run_dir)):
+                    return told
+                raise told from error
+        return None
+
+    def recover(self, cause: Exception) -> None:
+        """Gets ready for the next attempt, after a pause where workers were lost.
+
+        Raises:
+            PreemptedError: the run was asked to stop.
+            TrainingError, HangError: workers were lost too often.
+        """
+        resize = take_resize(self.run_dir)
+        if isinstance(cause, PreemptedError):
+            forget_errors(self.run_dir)
+            tell(self.run_dir, f"{resize or 'its machines change'}. {cause} The workers start again.")
+            return
+        if stop_requested(self.run_dir):
+            raise PreemptedError(f"The run was asked to stop, and ended before it was saved again: {cause}") from cause
+        saved_step = newest_step(self.run_dir)
+        if saved_step > self.saved_step:
+            self.causes.clear()
+        self.saved_step = saved_step
+        self.causes.append(str(cause))
+        restarts_left = self.config.launch.max_restarts - len(self.causes) + 1
+        if restarts_left <= 0:
+            raise _summed_up(cause, self.causes) from cause
+        folder = set_aside_errors(self.run_dir)
+        left = f" What it left is in {folder}." if folder else ""
+        tell(
+            self.run_dir,
+            f"{cause}{left} The workers start again; restarts that are left after this one, unless a checkpoint is saved: "
+            f"{restarts_left - 1}.",
+        )
+        self._pause(min(LONGEST_PAUSE_S, 2.0 ** (len(self.causes) - 1)))
+
+    def _pause(self, seconds: float) -> None:
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s and not stop_requested(self.run_dir):
+            time.sleep(0.2)
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step of the newest checkpoint that was committed; -1 where there is none."""
+    folder = run_dir / CHECKPOINTS
+    return max(Shelf(folder).steps(), default=-1) if folder.is_dir() else -1
+
+
+def _summed_up(cause: Exception, causes: Sequence[str]) -> Exception:
+    """The last cause, with those before it."""
+    if len(causes) == 1:
+        return cause
+    before = "; ".join(f"{number}. {text}" for number, text in enumerate(causes[:-1], start=1))
+    return type(cause)(f"{cause} So it went {len(causes)} times in a row without a new checkpoint; before: {before}")
+
+
+def _start(stack: ExitStack, run: _Run) -> str:
+    """A private Ray on this machine, until the stack closes; returns the folder of its logs."""
+    with _signals_held():
+        logs = stack.enter_context(ray_cluster(run.demand.worlds[0] * run.demand.cpus, setup_hook=quiet))
+        stack.enter_context(passing_on_signals(run.run_dir))  # again: Ray has set a handler of its own
+    return logs
+
+
+def _join(stack: ExitStack, run: _Run, allow_insecure: bool) -> str:
+    """The cluster that is there, until the stack closes; returns the folder of its logs."""
+    with _signals_held():
+        logs = stack.enter_context(ray_cluster(0, run.address, quiet, allow_insecure))
+        stack.enter_context(passing_on_signals(run.run_dir))
+    return logs
+
+
+def _run_workers(run: _Run, places: Sequence[str]) -> None:
+    """Starts a worker at each place once, and waits for them."""
+    os.environ |= {
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # `resizing` looks for it: Ray would end the run at the deadline, unsaved
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_INTERVAL_S),
+    }
     from ray.train import RunConfig as RayRunConfig
     from ray.train import ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import FailureConfig  # that of ray.train is typed as the old one
+    from ray.train.v2.api.config import FailureConfig  # those of ray.train are the old ones
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    on_gpu = choose_device(config.engine.device).type == "cuda"
-    # Ray waits a minute for the CPUs of all workers, and would try for ever.
-    failures = FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES)
-    trainer = TorchTrainer(
+    from launch.rendezvous import Rendezvous
+
+    config, demand = run.config, run.demand
+    trainer = DataParallelTrainer(
         work,
-        train_loop_config=arguments,
+        train_loop_config={"config": config.to_dict(), "run_dir": str(run.run_dir), "profile": run.profile},
         scaling_config=ScalingConfig(
-            num_workers=num_workers(config),
-            use_gpu=on_gpu,
-            resources_per_worker={"CPU": config.launch.cpus_per_worker, "GPU": int(on_gpu)},
+            num_workers=len(places),
+            use_gpu=demand.gpus > 0,
+            resources_per_worker={"CPU": demand.cpus, "GPU": demand.gpus},
+            label_selector=[{"ray.io/node-id": place} for place in places],
         ),
         # A rank that hangs must end by our watch, which says more, before the collectives of the others do.
-        torch_config=TorchConfig(
-            backend="nccl" if on_gpu else "gloo", timeout_s=int(max(COLLECTIVE_TIMEOUT_S, 2 * config.faults.hang_timeout_s))
+        backend_config=Rendezvous(
+            backend="nccl" if demand.gpus else "gloo",
+            timeout_s=max(COLLECTIVE_TIMEOUT_S, 2 * config.faults.hang_timeout_s),
+            loopback=run.address is None,
         ),
-        run_config=RayRunConfig(name="ray", storage_path=arguments["run_dir"], failure_config=failures),
+        run_config=RayRunConfig(
+            name="ray",
+            storage_path=str(run.run_dir),
+            # Each loss is ours to mend: only we know which sizes may follow.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+        ),
     )
     handler = signal.getsignal(signal.SIGINT)
     try:

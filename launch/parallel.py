@@ -29,7 +29,7 @@ def ray_runner(workers: int, address: str | None = None) -> "Runner":
             a private one on this machine, which ends with the run.
 
     Raises (when it runs):
-        ConfigError: the cluster is to be joined without a token, or is not there, or has another one.
+        ClusterError: the cluster is to be joined without a token, or is not there, or has another one.
         WorkerError: the process of a job died three times.
     """
 

@@ -62,7 +62,7 @@ def main() -> None:
         faults=FaultConfig(hang_timeout_s=2),
     )
     with working_in(run_dir, "python launch/pretrain.py"):
-        driver.run_on_ray(config, run_dir)
+        driver.drive(config, run_dir)
 
 
 if __name__ == "__main__":

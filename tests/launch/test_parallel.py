@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cromss_dist.data.conversion.convert import convert
-from cromss_dist.errors import ConfigError, InputChangedError
+from cromss_dist.errors import ClusterError, InputChangedError
 from launch.session import cluster
 from tests.data.conversions import SMALL, tree
 from tests.data.fake_source import FakeSource
@@ -97,7 +97,7 @@ def test_a_cluster_is_not_joined_without_a_private_token(tmp_path: Path, monkeyp
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     for mode in ("disabled", "token"):
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
-        with pytest.raises(ConfigError, match="only with a token"), cluster(1, "127.0.0.1:1"):
+        with pytest.raises(ClusterError, match="only with a token"), cluster(1, "127.0.0.1:1"):
             pass
 
 
@@ -108,5 +108,5 @@ def test_a_cluster_that_is_not_there_is_told_at_once(address: str, tmp_path: Pat
     token.chmod(0o600)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    with pytest.raises(ConfigError, match=f"Nobody answers at {address}"), cluster(1, address):
+    with pytest.raises(ClusterError, match=f"Nobody answers at {address}"), cluster(1, address):
         pass

@@ -51,3 +51,9 @@ def set_aside_errors(run_dir: Path) -> Path | None:
     for path in left:
         path.rename(folder / path.name)
     return folder
+
+
+def forget_errors(run_dir: Path) -> None:
+    """Removes what ranks left that ended since they were asked to, before they start again."""
+    for path in run_dir.glob(_NAME.format(rank="*")):
+        path.unlink()

@@ -1,5 +1,7 @@
 """A wish that a run stops: a signal to its process, or a file in its folder.
 
+A file `resize` makes the ranks do the same; it is their launcher's, which goes on with another number of them.
+
 Layer 3. Ranks see the wish at different times, so the loop sums it over ranks before any of them acts on it.
 """
 
@@ -13,14 +15,15 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STOP_FILE = "stop"
+RESIZE_FILE = "resize"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of schedulers and of who takes a machine back
 LOOK_S = 1.0  # the folder may be on a network: a step must not wait for it
 
 
 class StopRequest:
-    """Notices SIGTERM, SIGUSR1 and the file `stop` in a run's folder while its block runs.
+    """Notices SIGTERM, SIGUSR1 and the files `stop` and `resize` in a run's folder while its block runs.
 
-    Python hands signals to the main thread only, and Ray Train runs a rank in another one; there the file alone counts,
+    Python hands signals to the main thread only, and Ray Train runs a rank in another one; there the files alone count,
     which the launcher writes. A second signal changes nothing: the run is saving itself already.
 
     Args:
@@ -28,7 +31,7 @@ class StopRequest:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = run_dir / STOP_FILE
+        self._files = (run_dir / STOP_FILE, run_dir / RESIZE_FILE)
         self._wanted = False
         self._next_look_s = 0.0  # of the monotonic clock
         self._former: dict[signal.Signals, Any] = {}
@@ -44,10 +47,10 @@ class StopRequest:
 
     @property
     def wanted(self) -> bool:
-        """Whether this rank has seen a wish to stop; looks for the file at most once a second."""
+        """Whether this rank has seen a wish to stop; looks for the files at most once a second."""
         if not self._wanted and time.monotonic() >= self._next_look_s:
             self._next_look_s = time.monotonic() + LOOK_S
-            self._wanted = self._file.exists()
+            self._wanted = any(file.exists() for file in self._files)
         return self._wanted
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -77,4 +80,22 @@ def stop_requested(run_dir: Path) -> bool:
 
 def forget_stop(run_dir: Path) -> None:
     """Takes back what stopped a run, before it goes on."""
-    (run_dir / STOP_FILE).unlink(missing_ok=True)
+    for name in (STOP_FILE, RESIZE_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def request_resize(run_dir: Path, reason: str) -> None:
+    """Asks the ranks of a run to save and to stop, since they shall be more or fewer."""
+    staged = run_dir / f".{RESIZE_FILE}"
+    staged.write_text(reason)
+    staged.rename(run_dir / RESIZE_FILE)
+
+
+def take_resize(run_dir: Path) -> str | None:
+    """Why the ranks should be more or fewer, once; None where nobody asked."""
+    file = run_dir / RESIZE_FILE
+    if not file.exists():
+        return None
+    reason = file.read_text()
+    file.unlink()
+    return reason

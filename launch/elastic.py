@@ -1,0 +1,223 @@
+"""How many workers a run has and where they are, on a cluster that loses and wins machines.
+
+Layer 5. Departs: Ray Train's own elastic sizes take any number of workers between two, also those by which the global batch
+does not divide, and a change of size loses the steps since the last report. Here the driver chooses among the sizes that
+divide, and has the run save itself before it changes.
+"""
+
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cromss_dist.cluster import ClusterConfig, Crew
+from cromss_dist.config import RunConfig, plan_batches
+from cromss_dist.errors import BatchError, ClusterError, PreemptedError
+from cromss_dist.train.safety.stop import request_resize, stop_requested
+
+LOOK_S = 2.0  # between two looks at the cluster
+SETTLE_S = 6.0  # without a change, after which a size is taken: machines come one by one, and Ray frees what a worker had late
+PROBE_S = 2.0  # for a connection to a node
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a cluster.
+
+    Args:
+        id: Ray's, hexadecimal.
+        address: Of its raylet.
+        port: Of its raylet.
+        cpus: That nobody has.
+        gpus: That nobody has.
+        leaving: Whether it was announced that it will be taken back.
+    """
+
+    id: str
+    address: str
+    port: int
+    cpus: float
+    gpus: float
+    leaving: bool = False
+
+    def answers(self) -> bool:
+        """Whether its raylet takes connections: Ray itself learns of a loss only some seconds later."""
+        try:
+            socket.create_connection((self.address, self.port), timeout=PROBE_S).close()
+        except OSError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a run asks of a cluster.
+
+    Args:
+        worlds: Numbers of workers that are allowed, largest first.
+        cpus: Of each worker.
+        gpus: Of each worker.
+        per_node: Workers of a machine, at most.
+    """
+
+    worlds: tuple[int, ...]
+    cpus: int
+    gpus: int
+    per_node: int
+
+    @classmethod
+    def of(cls, config: RunConfig, crew: Crew, gpus: int, per_node: int) -> "Demand":
+        """Of a run with a crew.
+
+        Raises:
+            BatchError: the global batch divides by no number of workers between the least and the most.
+        """
+        worlds = []
+        for world in range(crew.most, crew.least - 1, -1):
+            try:
+                plan_batches(config.engine, world)
+            except BatchError:
+                continue
+            worlds.append(world)
+        if not worlds:
+            plan_batches(config.engine, crew.most)  # says which batches would do
+        return cls(tuple(worlds), config.launch.cpus_per_worker, gpus, per_node)
+
+    def room(self, node: Node) -> int:
+        """Workers that a machine can take."""
+        if node.leaving:
+            return 0
+        rooms = [self.per_node, int(node.cpus // self.cpus)]
+        return min([*rooms, int(node.gpus // self.gpus)] if self.gpus else rooms)
+
+    def place(self, nodes: Sequence[Node]) -> tuple[str, ...]:
+        """The largest allowed crew that the machines have room for, on as few of them as can be.
+
+        Returns:
+            The node's id for each worker, those of a node in a row; empty where there is no room for the smallest.
+        """
+        rooms = sorted(((self.room(node), node.id) for node in nodes), key=lambda item: (-item[0], item[1]))
+        places = [name for room, name in rooms for _ in range(room)]
+        world = next((world for world in self.worlds if world <= len(places)), 0)
+        return tuple(places[:world])
+
+    def explain(self, nodes: Sequence[Node]) -> str:
+        """What is asked for, and what is there."""
+        each = f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}" + (f" and {self.gpus} GPU" if self.gpus else "")
+        there = [
+            f"{node.address} {node.cpus:g} CPUs, {node.gpus:g} GPUs free{', leaving' if node.leaving else ''}" for node in nodes
+        ]
+        least = self.worlds[-1]
+        return (
+            f"It asks for {least} worker{'s' if least > 1 else ''} with {each} each, at most {self.per_node} on a machine; there "
+            f"is room for {sum(map(self.room, nodes))}: {'; '.join(there) or 'no machine'}."
+        )
+
+
+def look() -> list[Node]:
+    """The machines that Ray takes for alive, with what is free on them now."""
+    from ray._private.state import state  # `ray.nodes()` tells neither what is free on each nor which are drained
+
+    free, leaving = state.available_resources_per_node(), state.get_draining_nodes()
+    return [
+        Node(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            node["NodeManagerPort"],
+            free.get(node["NodeID"], {}).get("CPU", 0.0),
+            free.get(node["NodeID"], {}).get("GPU", 0.0),
+            node["NodeID"] in leaving,
+        )
+        for node in state.node_table()
+        if node["Alive"]
+    ]
+
+
+def wait_for_room(demand: Demand, wait_s: float, run_dir: Path, look: Callable[[], list[Node]] = look) -> tuple[str, ...]:
+    """Waits until the machines have room, and no more comes.
+
+    Returns:
+        As `Demand.place`.
+
+    Raises:
+        ClusterError: after `wait_s` there is no room for the smallest crew.
+        PreemptedError: the run was asked to stop meanwhile.
+    """
+    started_s = settled_s = time.monotonic()
+    world = 0
+    while True:
+        if stop_requested(run_dir):
+            raise PreemptedError("The run was asked to stop while it waited for machines; what it had saved is there.")
+        nodes = [node for node in look() if node.answers()]
+        places = demand.place(nodes)
+        now_s = time.monotonic()
+        if len(places) != world:
+            world, settled_s = len(places), now_s
+        if world == demand.worlds[0] or (world and now_s >= settled_s + SETTLE_S):
+            return places
+        if not world and now_s >= started_s + wait_s:
+            raise ClusterError(
+                f"The cluster has had no room for the run for {wait_s:g} s. {demand.explain(nodes)} Add machines or end other "
+                "jobs, ask for less with launch.min_workers, cluster.min_nodes or launch.cpus_per_worker, or wait longer with "
+                "cluster.wait_s."
+            )
+        time.sleep(0.5)
+
+
+@contextmanager
+def resizing(demand: Demand, places: Sequence[str], run_dir: Path, look: Callable[[], list[Node]] = look) -> Iterator[None]:
+    """Has the run save itself and end where it should have another size, while the block runs.
+
+    That is when a machine that it uses will be taken back, or when there is room for a larger crew.
+
+    Args:
+        demand: What the run asks for.
+        places: Where its workers are.
+        run_dir: Where the wish is left, for all ranks.
+        look: The machines.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        larger, since_s = 0, 0.0
+        while not ended.wait(LOOK_S):
+            try:
+                nodes = look()
+            except Exception:  # noqa: BLE001 - Ray is ending, or lost: the attempt ends by itself, and says why
+                return
+            if reason := leaving(nodes, places):
+                request_resize(run_dir, reason)
+                return
+            world = len(demand.place(_without_ours(nodes, demand, places)))
+            if world != larger:
+                larger, since_s = world, time.monotonic()
+            if world > len(places) and time.monotonic() >= since_s + SETTLE_S:
+                request_resize(run_dir, f"there is room for {world} workers, {len(places)} were running")
+                return
+
+    thread = threading.Thread(target=watch, name="resizing", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def leaving(nodes: Sequence[Node], places: Sequence[str]) -> str:
+    """What is said when machines in use will be taken back; empty where none will."""
+    names = [node.address for node in nodes if node.leaving and node.id in places]
+    return f"{', '.join(names)} will be taken back" if names else ""
+
+
+def _without_ours(nodes: Sequence[Node], demand: Demand, places: Sequence[str]) -> list[Node]:
+    """The machines as they would be if the run's own workers were not there."""
+    ours = Counter(places)
+    return [
+        replace(node, cpus=node.cpus + ours[node.id] * demand.cpus, gpus=node.gpus + ours[node.id] * demand.gpus)
+        for node in nodes
+    ]
