@@ -201,8 +201,8 @@ def find_head(options: argparse.Namespace, asked_to_stop: Callable[[], bool]) ->
                 why = f"{address}: {error}"
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"No head of a cluster was there within {options.wait:.0f} s ({options.join_announced or 'by --join'}; {why}). Start "
-                "it with --head first, give its HOST:PORT, or wait longer with --wait."
+                f"No head of a cluster was there within {options.wait:.0f} s ({options.join_announced or 'by --join'}; {why}). "
+                "Start it with --head first, give its HOST:PORT, or wait longer with --wait."
             )
         time.sleep(_POLL_S)
     return ""
@@ -237,8 +237,8 @@ def private_folder(path: Path | None) -> Iterator[Path]:
         raise ConfigError(f"--temp-dir={folder} could be changed by others; give a folder that is new, or yours with mode 0700.")
     if len(os.fsencode(folder)) > LONGEST_TEMP_DIR:
         raise ConfigError(
-            f"--temp-dir={folder} is {len(os.fsencode(folder))} bytes long, and the paths of Ray's sockets in it would not fit; give "
-            f"one of up to {LONGEST_TEMP_DIR} bytes, such as /tmp/ray-1."
+            f"--temp-dir={folder} is {len(os.fsencode(folder))} bytes long, and the paths of Ray's sockets in it would not fit; "
+            f"give one of up to {LONGEST_TEMP_DIR} bytes, such as /tmp/ray-1."
         )
     yield folder
     if path is None:
