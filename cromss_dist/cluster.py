@@ -44,6 +44,11 @@ class RayConfig:
         ok = _matches(r"[A-Za-z0-9.\[\]:-]+:[0-9]+|https?://[A-Za-z0-9.\[\]:-]+(:[0-9]+)?/?", self.address)
         _require(ok, "ray.address", self.address, "give HOST:PORT, or http://HOST:PORT of the dashboard")
 
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether the address is that of a dashboard."""
+        return self.address.startswith("http")
+
 
 @dataclass(frozen=True)
 class SlurmConfig:
@@ -177,6 +182,11 @@ class ClusterConfig:
         ok = not self.gpus_per_node or self.workers_per_node in (None, self.gpus_per_node)
         _require(ok, "workers_per_node", self.workers_per_node, "each worker has one GPU; leave it out, or set gpus_per_node")
         _require(0 < self.wait_s <= 1e6, "wait_s", self.wait_s, "give more than 0, up to 1e6 seconds")
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the run's driver is on a machine that may see other folders than this one."""
+        return self.kind == "kuberay" or (self.kind == "ray" and self.ray.takes_jobs)
 
     def workers_on_each_node(self) -> int:
         """Workers of each machine."""

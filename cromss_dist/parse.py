@@ -23,7 +23,8 @@ from cromss_dist.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"  # in the run's folder
 # Beside the config's keys:
-_FLAGS = ("config", "dry-run", "resume", "fresh", "profile", "print_config", "cluster", "detach", "allow-insecure")
+_FLAGS = ("config", "dry-run", "resume", "fresh", "profile", "print_config")
+_CLUSTER_FLAGS = ("cluster", "detach", "allow-insecure")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class ParsedRun:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     detach: bool = False  # whether the command ends when a job is submitted
     allow_insecure: bool = False  # whether a cluster is joined that lets anyone in
+    # Changes to the config of a run that goes on and whose folder only the cluster sees; `config` is then the defaults.
+    overrides: tuple[str, ...] | None = None
 
 
 def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
@@ -57,7 +60,8 @@ def parse_run(
 ) -> ParsedRun:
     """Parses a launcher's arguments; `argv` defaults to `sys.argv[1:]`.
 
-    With `--resume RUN_DIR` the run's own config, and cluster, take the place of the defaults, wherever the flag stands.
+    With `--resume RUN_DIR` the run's own config, and cluster, take the place of the defaults, wherever the flag stands. A folder
+    that is not here may be one of a cluster that sees others: it reads the config then, and this function its changes.
 
     Args:
         argv: Without the program's name.
@@ -70,6 +74,7 @@ def parse_run(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     resume = _run_to_resume(arguments)
+    here = resume is not None and (resume / CONFIG_FILE).is_file()
     parser = _parser(prog, description)
     parser.add_argument(
         "--config", action="config", help="YAML that states differences from the defaults; may be given more than once."
@@ -79,7 +84,7 @@ def parse_run(
     parser.add_argument("--fresh", action="store_true", help="With --resume: sets aside what the run has left and starts over.")
     parser.add_argument("--profile", action="store_true", help="Writes a trace of a few steps into the run's folder.")
     parser.add_class_arguments(RunConfig, as_group=False)
-    ahead = [f"--config={resume / CONFIG_FILE}"] if resume else []
+    ahead = [f"--config={resume / CONFIG_FILE}"] if resume and here else []
     if clusters:
         parser.add_argument("--detach", action="store_true", help="Ends when the job is submitted, and does not follow it.")
         parser.add_argument(
@@ -90,10 +95,13 @@ def parse_run(
             ahead.append(f"--cluster={resume / CLUSTER_FILE}")
     try:
         namespace = parser.parse_args([*ahead, *arguments])
-        config = _run_config(parser, namespace)
-        cluster = parser.instantiate(namespace).cluster if clusters else ClusterConfig()
+        cluster = _cluster_config(namespace) if clusters else ClusterConfig()
+        overrides = None
+        if resume and not here:
+            overrides = _overrides_elsewhere(arguments, resume, cluster)
+        config = RunConfig() if overrides is not None else _run_config(parser, namespace)
     except (ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(_explain(str(error))) from error
+        raise ConfigError(_explain(str(error), clusters)) from error
     if namespace.fresh and not resume:
         raise ConfigError("--fresh=true is allowed only with --resume RUN_DIR; a new run has no checkpoints, so leave it out.")
     return ParsedRun(
@@ -105,6 +113,7 @@ def parse_run(
         cluster,
         bool(clusters and namespace.detach),
         bool(clusters and namespace.allow_insecure),
+        overrides,
     )
 
 
@@ -118,10 +127,34 @@ def _run_to_resume(arguments: list[str]) -> Path | None:
         raise ConfigError("--resume needs the folder of a run: --resume runs/pretrain-20260101-120000.") from error
     if found is None:
         return None
-    folder = Path(found).expanduser().absolute()
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(f"--resume={found} is no folder of a run: it has no {CONFIG_FILE}. Give one that a run was started in.")
-    return folder
+    return Path(found).expanduser().absolute()
+
+
+def _overrides_elsewhere(arguments: list[str], resume: Path, cluster: ClusterConfig) -> tuple[str, ...]:
+    """The arguments that change the config of a run which this machine does not see."""
+    if not cluster.elsewhere:
+        raise ConfigError(
+            f"--resume={resume} is no folder of a run: it has no {CONFIG_FILE}. Give one that a run was started in."
+        )
+    rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--dry-run", "--fresh", "--profile", "--detach", "--allow-insecure"):
+        rest.add_argument(flag, action="store_true")
+    for flag in ("--resume", "--cluster", "--config"):
+        rest.add_argument(flag)
+    known, left = rest.parse_known_args(arguments)
+    if known.config:
+        raise ConfigError(
+            f"--config={known.config} cannot change the run in {resume}, which this machine does not see: give the changes as "
+            "dotted arguments, such as --train.epochs 200, or give the command where the folder is seen."
+        )
+    overrides: list[str] = []
+    of_cluster = False
+    for argument in left:
+        if argument.startswith("--"):
+            of_cluster = argument.startswith("--cluster.")
+        if not of_cluster:
+            overrides.append(argument)
+    return tuple(overrides)
 
 
 def write_yaml(config: RunConfig | ClusterConfig, path: Path) -> None:
@@ -159,14 +192,32 @@ def _run_config(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
     return RunConfig(**{item.name: getattr(init, item.name) for item in fields(RunConfig)})
 
 
-def _explain(message: str) -> str:
+def _cluster_config(namespace: Namespace) -> ClusterConfig:
+    parser = _parser()
+    parser.add_class_arguments(ClusterConfig, "cluster")
+    cluster = parser.instantiate(parser.parse_object({"cluster": namespace.cluster})).cluster
+    assert isinstance(cluster, ClusterConfig)
+    return cluster
+
+
+def _explain(message: str, clusters: bool = False) -> str:
     """One paragraph out of jsonargparse's message; for an unknown key, with the nearest known ones."""
+    message = " ".join(message.split())
+    if file := re.search(r"Parser key \"cluster\": (?:Importing|Unable to load config) '(.+?)'", message):
+        wrong = "is not the YAML of a cluster" if Path(file[1]).is_file() else "is not there"
+        return f"--cluster={file[1]}: that file {wrong}. Give one that states cluster keys, such as configs/cluster/slurm.yaml."
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.-]+)'", message)
     alone = re.search(r"Option '([\w.-]+)' is not accepted|unrecognized arguments: --([\w.-]+)", message)
     key = f"{in_group[1]}.{in_group[2]}" if in_group else (alone[1] or alone[2]) if alone else None
     if key is None:
-        return " ".join(message.split()) + ". See --help for every key and its type."
-    known = [*known_keys(), *_FLAGS]
+        return f"{message}. See --help for every key and its type."
+    of_run, of_cluster = known_keys(), known_keys(ClusterConfig, "cluster.") if clusters else []
+    if f"cluster.{key}" in of_cluster:
+        return f"Config key '{key}' is one of a cluster; give its file as --cluster FILE, or the key as --cluster.{key}."
+    if key.removeprefix("cluster.") in of_run and key not in of_run:
+        run_key = key.removeprefix("cluster.")
+        return f"Cluster key '{run_key}' is one of a run; give its file as --config FILE, or the key as --{run_key}."
+    known = [*of_run, *_FLAGS, *of_cluster, *(_CLUSTER_FLAGS if clusters else ())]
     tail = key.rsplit(".", 1)[-1]
     # The right name in the wrong group first (engine.lr -> train.lr), then the like-sounding ones.
     near = [k for k in known if k.rsplit(".", 1)[-1] == tail] or difflib.get_close_matches(key, known, 2, 0.6)
