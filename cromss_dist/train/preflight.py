@@ -30,8 +30,13 @@ class Preflight:
     timeline: Timeline
 
     @classmethod
-    def of(cls, config: RunConfig, world_size: int) -> "Preflight":
+    def of(cls, config: RunConfig, world_size: int, trains_here: bool = True) -> "Preflight":
         """Opens the datasets, splits them and does the arithmetic; starts nothing.
+
+        Args:
+            config: The whole run.
+            world_size: Its ranks.
+            trains_here: Whether they have devices of this machine, which are looked at then.
 
         Raises:
             ShardError: a dataset is missing or damaged.
@@ -42,7 +47,8 @@ class Preflight:
                 there, the filters leave too little; the device, its precision or the encoder does not exist.
         """
         plan = plan_batches(config.engine, world_size)
-        resolve_precision(config.engine, choose_device(config.engine.device))
+        if trains_here:
+            resolve_precision(config.engine, choose_device(config.engine.device))
         check_encoder_name(config.model.encoder)
         data = RunData.open(config.data, config.seed)
         _check_data(config.data, data.dataset)
