@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_pretrain(commands)
     _add_replay(commands)
+    _add_doctor(commands)
     _add_registry(commands)  # further commands go here, one `_add_<command>` each
     return parser
 
@@ -95,6 +96,20 @@ def _replay(options: argparse.Namespace) -> None:
     from cromss_dist.replay import replay, report
 
     report(options.bundle, *replay(options.bundle, options.rest), Console())
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser("doctor", help="examine this machine for a run (a cluster: launch/doctor.py)", add_help=False)
+    doctor.set_defaults(run=_doctor, takes_rest=True)  # it takes the config's keys, too
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from cromss_dist.doctor.command import parse_request, print_reports
+    from cromss_dist.doctor.examine import examine
+    from cromss_dist.doctor.node import Report
+
+    request = parse_request(options.rest, "cromss doctor")
+    return print_reports([Report("this machine", tuple(examine(request.subject)))], request.as_json)
 
 
 def _add_registry(commands: Any) -> None:
