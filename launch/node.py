@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import ipaddress
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -67,6 +68,8 @@ def main() -> int:
             ipaddress.ip_address(options.address)
         except ValueError as error:
             parser.error(f"--address: {error}")
+    if options.dashboard and not re.fullmatch(r"[A-Za-z0-9.\[\]:-]+:[0-9]+", options.dashboard):
+        parser.error("--dashboard needs HOST:PORT, such as 127.0.0.1:8265")
     if not options.head and (options.announce or options.dashboard or options.port):
         parser.error("--announce, --dashboard and --port are the head's")
     with stopping() as asked_to_stop, private_folder(options.temp_dir) as temp_dir:
@@ -85,6 +88,10 @@ def serve(options: argparse.Namespace, temp_dir: Path, asked_to_stop: Callable[[
         make_token(options.token_file)
         if options.announce:
             options.announce.unlink(missing_ok=True)  # of a cluster that is gone
+        check_free(options.address, options.port)
+        if options.dashboard:
+            host, _, port = options.dashboard.rpartition(":")
+            check_free(host.strip("[]"), int(port))
     check_token(options.token_file)
     head = None if options.head else find_head(options, asked_to_stop)
     if asked_to_stop():
@@ -177,6 +184,19 @@ def check_token(path: Path) -> None:
             f"The token in {path} is not this user's alone (mode {found.st_mode & 0o777:04o}), and whoever reads it can run code "
             f"on the cluster: `chmod 600 {path}`, and better have --head make a new one."
         )
+
+
+def check_free(address: str, port: int) -> None:
+    """Raises ClusterError unless a port of this machine is free: Ray would say so deep in its logs; 0 always is."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise ClusterError(
+                f"The port {port} of {address} is taken, or the address is not this machine's ({error.strerror}); end what "
+                "listens there, give another --port or --dashboard, or leave --port out for a free one."
+            ) from error
 
 
 def find_head(options: argparse.Namespace, asked_to_stop: Callable[[], bool]) -> str:
