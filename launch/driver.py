@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from cromss_dist.train.run.folder import RunSummary, read_summary
 from cromss_dist.train.safety.failure import forget_errors, read_error, set_aside_errors
 from cromss_dist.train.safety.stop import SIGNALS, passing_on_signals, stop_requested, take_resize
 from cromss_dist.world import COLLECTIVE_TIMEOUT_S, choose_device
-from launch.elastic import Demand, resizing, wait_for_room
+from launch.elastic import Demand, Node, resizing, wait_for_room
 from launch.session import cluster as ray_cluster
 from launch.worker import quiet, work
 
@@ -151,23 +150,25 @@ class _Run:
         with ExitStack() as stack:
             if self.address is None:  # what is lost may be Ray's, so that each attempt here has one of its own
                 self.logs = _start(stack, self)
-            places = wait_for_room(self.demand, self.wait_s, self.run_dir)
+            places = wait_for_room(self.demand, self.wait_s, self.run_dir, is_first=self.world == 0)
             if self.world not in (0, len(places)):
                 tell(self.run_dir, f"The run goes on with {len(places)} workers in place of {self.world}.")
             self.world = len(places)
-            stack.enter_context(resizing(self.demand, places, self.run_dir))
             try:
-                _run_workers(self, places)
+                with resizing(self.demand, places, self.run_dir):
+                    _run_workers(self, places)
             except Exception as error:
                 told = read_error(self.run_dir)
                 if told is None:
-                    return TrainingError(
-                        f"A worker died without a message of its own: {str(error).strip().splitlines()[-1]} Ray's logs are in "
-                        f"{self.logs}."
-                    )
-                if isinstance(told, HangError) or (isinstance(told, PreemptedError) and not stop_requested(self.run_dir)):
+                    return TrainingError(f"{_loss(error, places)} Ray's logs are in {self.logs}.")
+                resize = take_resize(self.run_dir)
+                if isinstance(told, PreemptedError) and resize and not stop_requested(self.run_dir):
+                    return PreemptedError(f"{resize}. {told}")
+                if isinstance(told, HangError):
                     return told
                 raise told from error
+            finally:
+                take_resize(self.run_dir)
         return None
 
     def recover(self, cause: Exception) -> None:
@@ -177,10 +178,9 @@ class _Run:
             PreemptedError: the run was asked to stop.
             TrainingError, HangError: workers were lost too often.
         """
-        resize = take_resize(self.run_dir)
         if isinstance(cause, PreemptedError):
             forget_errors(self.run_dir)
-            tell(self.run_dir, f"{resize or 'its machines change'}. {cause} The workers start again.")
+            tell(self.run_dir, f"{cause} The workers start again.")
             return
         if stop_requested(self.run_dir):
             raise PreemptedError(f"The run was asked to stop, and ended before it was saved again: {cause}") from cause
@@ -213,6 +213,14 @@ def newest_step(run_dir: Path) -> int:
     return max(Shelf(folder).steps(), default=-1) if folder.is_dir() else -1
 
 
+def _loss(error: Exception, places: Sequence[Node]) -> str:
+    """What is known of an attempt whose workers left no error."""
+    said = str(error).strip().splitlines()[-1]
+    if lost := [node.address for node in dict.fromkeys(places) if not node.answers()]:
+        return f"{', '.join(lost)} answers no more. Ray says: {said}"
+    return f"A worker died without a message of its own: {said}"
+
+
 def _summed_up(cause: Exception, causes: Sequence[str]) -> Exception:
     """The last cause, with those before it."""
     if len(causes) == 1:
@@ -237,7 +245,7 @@ def _join(stack: ExitStack, run: _Run, allow_insecure: bool) -> str:
     return logs
 
 
-def _run_workers(run: _Run, places: Sequence[str]) -> None:
+def _run_workers(run: _Run, places: Sequence[Node]) -> None:
     """Starts a worker at each place once, and waits for them."""
     os.environ |= {
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # `resizing` looks for it: Ray would end the run at the deadline, unsaved
@@ -245,8 +253,7 @@ def _run_workers(run: _Run, places: Sequence[str]) -> None:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_INTERVAL_S),
     }
     from ray.train import RunConfig as RayRunConfig
-    from ray.train import ScalingConfig
-    from ray.train.v2.api.config import FailureConfig  # those of ray.train are the old ones
+    from ray.train.v2.api.config import FailureConfig, ScalingConfig  # those of ray.train are typed as the old ones
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from launch.rendezvous import Rendezvous
@@ -259,7 +266,7 @@ def _run_workers(run: _Run, places: Sequence[str]) -> None:
             num_workers=len(places),
             use_gpu=demand.gpus > 0,
             resources_per_worker={"CPU": demand.cpus, "GPU": demand.gpus},
-            label_selector=[{"ray.io/node-id": place} for place in places],
+            label_selector=[{"ray.io/node-id": node.id} for node in places],
         ),
         # A rank that hangs must end by our watch, which says more, before the collectives of the others do.
         backend_config=Rendezvous(

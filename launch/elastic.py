@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from cromss_dist.cluster import ClusterConfig, Crew
+from cromss_dist.cluster import Crew
 from cromss_dist.config import RunConfig, plan_batches
 from cromss_dist.errors import BatchError, ClusterError, PreemptedError
 from cromss_dist.train.safety.stop import request_resize, stop_requested
@@ -34,6 +35,8 @@ class Node:
         port: Of its raylet.
         cpus: That nobody has.
         gpus: That nobody has.
+        all_cpus: Of the machine.
+        all_gpus: Of the machine.
         leaving: Whether it was announced that it will be taken back.
     """
 
@@ -42,6 +45,8 @@ class Node:
     port: int
     cpus: float
     gpus: float
+    all_cpus: float
+    all_gpus: float
     leaving: bool = False
 
     def answers(self) -> bool:
@@ -94,14 +99,14 @@ class Demand:
         rooms = [self.per_node, int(node.cpus // self.cpus)]
         return min([*rooms, int(node.gpus // self.gpus)] if self.gpus else rooms)
 
-    def place(self, nodes: Sequence[Node]) -> tuple[str, ...]:
+    def place(self, nodes: Sequence[Node]) -> tuple[Node, ...]:
         """The largest allowed crew that the machines have room for, on as few of them as can be.
 
         Returns:
-            The node's id for each worker, those of a node in a row; empty where there is no room for the smallest.
+            The machine of each worker, the same ones in a row; empty where there is no room for the smallest.
         """
-        rooms = sorted(((self.room(node), node.id) for node in nodes), key=lambda item: (-item[0], item[1]))
-        places = [name for room, name in rooms for _ in range(room)]
+        roomiest = sorted(nodes, key=lambda node: (-self.room(node), node.id))
+        places = [node for node in roomiest for _ in range(self.room(node))]
         world = next((world for world in self.worlds if world <= len(places)), 0)
         return tuple(places[:world])
 
@@ -120,9 +125,10 @@ class Demand:
 
 def look() -> list[Node]:
     """The machines that Ray takes for alive, with what is free on them now."""
-    from ray._private.state import state  # `ray.nodes()` tells neither what is free on each nor which are drained
+    from ray._private.state import state  # `ray.nodes()` tells neither what is free on each nor which will be taken back
 
-    free, leaving = state.available_resources_per_node(), state.get_draining_nodes()
+    table: Any = state
+    free, leaving = table.available_resources_per_node(), table.get_draining_nodes()
     return [
         Node(
             node["NodeID"],
@@ -130,15 +136,26 @@ def look() -> list[Node]:
             node["NodeManagerPort"],
             free.get(node["NodeID"], {}).get("CPU", 0.0),
             free.get(node["NodeID"], {}).get("GPU", 0.0),
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
             node["NodeID"] in leaving,
         )
-        for node in state.node_table()
+        for node in table.node_table()
         if node["Alive"]
     ]
 
 
-def wait_for_room(demand: Demand, wait_s: float, run_dir: Path, look: Callable[[], list[Node]] = look) -> tuple[str, ...]:
-    """Waits until the machines have room, and no more comes.
+def wait_for_room(
+    demand: Demand, wait_s: float, run_dir: Path, is_first: bool, look: Callable[[], list[Node]] = look
+) -> tuple[Node, ...]:
+    """Waits until the machines have room, and no more is about to come.
+
+    Args:
+        demand: What the run asks for.
+        wait_s: How long, for the smallest crew.
+        run_dir: Where a wish to stop would be.
+        is_first: Whether the machines may still be coming up, one by one.
+        look: The machines.
 
     Returns:
         As `Demand.place`.
@@ -154,10 +171,12 @@ def wait_for_room(demand: Demand, wait_s: float, run_dir: Path, look: Callable[[
             raise PreemptedError("The run was asked to stop while it waited for machines; what it had saved is there.")
         nodes = [node for node in look() if node.answers()]
         places = demand.place(nodes)
+        # Workers that have just died still have their CPUs; where the machines are all ours, it is known how many come back.
+        to_come = len(demand.place([replace(node, cpus=node.all_cpus, gpus=node.all_gpus) for node in nodes]))
         now_s = time.monotonic()
         if len(places) != world:
             world, settled_s = len(places), now_s
-        if world == demand.worlds[0] or (world and now_s >= settled_s + SETTLE_S):
+        if world and (world == (demand.worlds[0] if is_first else to_come) or now_s >= settled_s + SETTLE_S):
             return places
         if not world and now_s >= started_s + wait_s:
             raise ClusterError(
@@ -169,7 +188,7 @@ def wait_for_room(demand: Demand, wait_s: float, run_dir: Path, look: Callable[[
 
 
 @contextmanager
-def resizing(demand: Demand, places: Sequence[str], run_dir: Path, look: Callable[[], list[Node]] = look) -> Iterator[None]:
+def resizing(demand: Demand, places: Sequence[Node], run_dir: Path, look: Callable[[], list[Node]] = look) -> Iterator[None]:
     """Has the run save itself and end where it should have another size, while the block runs.
 
     That is when a machine that it uses will be taken back, or when there is room for a larger crew.
@@ -208,15 +227,16 @@ def resizing(demand: Demand, places: Sequence[str], run_dir: Path, look: Callabl
         thread.join()
 
 
-def leaving(nodes: Sequence[Node], places: Sequence[str]) -> str:
+def leaving(nodes: Sequence[Node], places: Sequence[Node]) -> str:
     """What is said when machines in use will be taken back; empty where none will."""
-    names = [node.address for node in nodes if node.leaving and node.id in places]
+    ours = {node.id for node in places}
+    names = [node.address for node in nodes if node.leaving and node.id in ours]
     return f"{', '.join(names)} will be taken back" if names else ""
 
 
-def _without_ours(nodes: Sequence[Node], demand: Demand, places: Sequence[str]) -> list[Node]:
+def _without_ours(nodes: Sequence[Node], demand: Demand, places: Sequence[Node]) -> list[Node]:
     """The machines as they would be if the run's own workers were not there."""
-    ours = Counter(places)
+    ours = Counter(node.id for node in places)
     return [
         replace(node, cpus=node.cpus + ours[node.id] * demand.cpus, gpus=node.gpus + ours[node.id] * demand.gpus)
         for node in nodes

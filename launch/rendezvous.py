@@ -38,10 +38,10 @@ class Rendezvous(BackendConfig):
         return _Meeting
 
 
-class _Meeting(Backend):  # type: ignore[misc]  # untyped
+class _Meeting(Backend):
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group: Any, backend_config: Rendezvous) -> None:
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Has every rank join one process group; runs in Ray's controller."""
         import ray
 
@@ -50,7 +50,7 @@ class _Meeting(Backend):  # type: ignore[misc]  # untyped
         size = len(worker_group)
         ray.get([worker_group.execute_single_async(i, _join, backend_config, host, port, i, size) for i in range(size)])
 
-    def on_shutdown(self, worker_group: Any, backend_config: Rendezvous) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Nothing: the ranks' processes end, and what they hold with them."""
 
 
@@ -58,14 +58,15 @@ def interface_of(address: str) -> str | None:
     """The network interface that has an address; None where there is none."""
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in entries):
-            return name
+            return str(name)
     return None
 
 
 def _own_address(config: Rendezvous) -> str:
-    import ray
+    from ray.util import get_node_ip_address
 
-    return LOOPBACK if config.loopback else str(ray.util.get_node_ip_address())
+    node_address: Any = get_node_ip_address  # untyped
+    return LOOPBACK if config.loopback else str(node_address())
 
 
 def _name_rank(config: Rendezvous) -> None:
@@ -90,7 +91,7 @@ def _name_rank(config: Rendezvous) -> None:
 
 def _listen(config: Rendezvous) -> tuple[str, int]:
     """Rank 0: the store in which ranks meet, on one address and a free port."""
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
     global _store
     host = _own_address(config)
@@ -109,7 +110,8 @@ def _listen(config: Rendezvous) -> tuple[str, int]:
 def _join(config: Rendezvous, host: str, port: int, rank: int, size: int) -> None:
     """Every rank: joins the group of all."""
     import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
 
     timeout = timedelta(seconds=config.timeout_s)
-    store = _store if rank == 0 else dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    store = _store if rank == 0 else TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     dist.init_process_group(config.backend, store=store, rank=rank, world_size=size, timeout=timeout)

@@ -17,12 +17,6 @@ from typing import Any
 from cromss_dist.errors import ClusterError
 
 ROOT = Path(__file__).resolve().parents[1]  # of this code, which the workers run
-# So that a node that says nothing is lost after some 10 s, one whose processes were killed after 4; Ray's own: 45 and 15.
-HEALTH_CHECKS = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2500",
-    "RAY_health_check_failure_threshold": "4",
-}
 
 
 @cache
@@ -58,7 +52,6 @@ def cluster(
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": str(token),
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off: Ray takes the loopback address as its node's
-                **HEALTH_CHECKS,
             }
         else:
             check_joinable(address, allow_insecure)

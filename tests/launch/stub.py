@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cromss_dist.cluster import ClusterConfig
 from cromss_dist.config import EngineConfig, FaultConfig, LaunchConfig, RunConfig
 from cromss_dist.errors import CromssError, PreemptedError, main_guard
 from cromss_dist.train.run.folder import RunSummary, working_in, write_summary
@@ -24,7 +25,7 @@ def rank(arguments: dict[str, Any]) -> None:
     with (run_dir / f"{ATTEMPTS_FILE}-{number}").open("a+") as file:
         file.seek(0)
         attempt = len(file.readlines())
-        file.write("started\n")
+        file.write(f"{os.environ['WORLD_SIZE']}\n")
     how = arguments["config"]["name"].split(".")[attempt]
     try:
         with HangWatch(run_dir, number, arguments["config"]["faults"]["hang_timeout_s"]) as watch, StopRequest(run_dir) as stop:
@@ -52,17 +53,19 @@ def finish(run_dir: Path) -> None:
 
 
 def main() -> None:
-    """A launcher whose workers are these ranks."""
+    """A launcher whose workers are these ranks: `stub RUN_DIR NAME [ADDRESS [WAIT_S]]`, 1 or 2 of them on a cluster."""
     vars(driver)["work"] = rank
-    run_dir, name = Path(sys.argv[1]), sys.argv[2]
+    run_dir, name, *rest = sys.argv[1:]
+    address = rest[0] if rest else None
+    cluster = ClusterConfig(kind="ray", nodes=2, min_nodes=1, wait_s=float(rest[1])) if address else None
     config = RunConfig(
         name=name,
-        launch=LaunchConfig(workers=2, max_restarts=name.count(".")),
+        launch=LaunchConfig(workers=2, min_workers=1 if address else None, max_restarts=name.count(".")),
         engine=EngineConfig(device="cpu"),
         faults=FaultConfig(hang_timeout_s=2),
     )
-    with working_in(run_dir, "python launch/pretrain.py"):
-        driver.drive(config, run_dir)
+    with working_in(Path(run_dir), "python launch/pretrain.py"):
+        driver.drive(config, Path(run_dir), cluster, address)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from cromss_dist.errors import (
 from cromss_dist.train.run.events import read_events
 from cromss_dist.train.run.folder import working_in
 from cromss_dist.train.safety.failure import write_error
-from cromss_dist.train.safety.stop import STOP_FILE, stop_requested
+from cromss_dist.train.safety.stop import RESIZE_FILE, STOP_FILE, request_resize, request_stop, stop_requested
 from launch import driver
+from launch.elastic import Node
 from tests.launch.conftest import ROOT, environment
 from tests.launch.stub import finish
 
 Attempt = Callable[[Path], None]
+HERE = Node("a", "127.0.0.1", 1, 2, 0, 2, 0)  # nothing listens on port 1
 CONFIG = RunConfig(launch=LaunchConfig(workers=2, max_restarts=2), engine=EngineConfig(device="cpu"))
 
 
@@ -61,59 +64,125 @@ def is_told_to_stop_and(then: Attempt) -> Attempt:
     return attempt
 
 
+def saves(step: int, then: Attempt) -> Attempt:
+    def attempt(run_dir: Path) -> None:
+        (run_dir / "checkpoints" / f"step-{step:07d}").mkdir(parents=True)
+        then(run_dir)
+
+    return attempt
+
+
+def is_resized(run_dir: Path) -> None:
+    request_resize(run_dir, "there is room for 2 workers, 1 were running")
+    fails_with(PreemptedError("It is saved up to step 7."))(run_dir)
+
+
+@dataclass
+class Told:
+    """What a launcher did, beside the run's events."""
+
+    worlds: list[int] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
+
+
 @pytest.fixture
-def run_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
-    """Runs the launcher on workers that go as the attempts say; returns what each attempt was started with."""
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def run_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told) -> Callable[..., None]:
+    """Runs the launcher on workers that go as the attempts say, one at first and two from then on."""
 
     @contextmanager
     def no_cluster(*_: object, **__: object) -> Iterator[str]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray takes it
         yield "/logs"
 
-    def run(*attempts: Attempt) -> list[dict[str, Any]]:
-        started: list[dict[str, Any]] = []
-
-        def run_workers(config: RunConfig, arguments: dict[str, Any]) -> None:
+    def run(*attempts: Attempt) -> None:
+        def run_workers(run: Any, places: list[Node]) -> None:
             assert not list(tmp_path.glob("error-*")), "what an earlier attempt left"
-            started.append(arguments)
-            attempts[len(started) - 1](tmp_path)
+            assert not (tmp_path / RESIZE_FILE).exists()
+            assert run.profile
+            told.worlds.append(len(places))
+            attempts[len(told.worlds) - 1](tmp_path)
 
         monkeypatch.setattr(driver, "_run_workers", run_workers)
         try:
-            driver.run_on_ray(CONFIG, tmp_path, profile=True)
+            driver.drive(CONFIG, tmp_path, profile=True)
         finally:
-            assert len(started) == len(attempts)
-        return started
+            assert len(told.worlds) == len(attempts)
 
-    monkeypatch.setattr(driver, "cluster", no_cluster)
+    monkeypatch.setattr(driver, "ray_cluster", no_cluster)
+    monkeypatch.setattr(driver, "resizing", lambda *_: nullcontext())
+    monkeypatch.setattr(driver, "wait_for_room", lambda *_, is_first: (HERE,) * (1 if is_first else 2))
+    monkeypatch.setattr(driver._Run, "_pause", lambda _, seconds: told.pauses.append(seconds))
     return run
 
 
-Run = Callable[..., list[dict[str, Any]]]
+Run = Callable[..., None]
 
 
-def test_workers_that_die_or_hang_start_again_and_the_run_goes_on(run_attempts: Run, tmp_path: Path) -> None:
+def texts(run_dir: Path) -> list[str]:
+    return [event["text"] for event in read_events(run_dir)]
+
+
+def test_workers_that_die_or_hang_start_again_and_the_run_goes_on(run_attempts: Run, tmp_path: Path, told: Told) -> None:
     handler = signal.getsignal(signal.SIGTERM)
-    started = run_attempts(die, HANG, finish)
-    assert all(arguments["profile"] for arguments in started)
-    told = [event["text"] for event in read_events(tmp_path)]
-    assert told[0].startswith("A worker died without a message of its own: The actor died. Ray's logs are in /logs. The workers")
-    assert told[1].startswith(
-        f"Rank 1 gave no sign of life. What it left is in {tmp_path / 'failure-1'}. The workers start again;"
+    run_attempts(die, HANG, finish)
+    died, size, hung = texts(tmp_path)
+    assert died.startswith(
+        "127.0.0.1 answers no more. Ray says: The actor died. Ray's logs are in /logs. The workers start again; restarts that "
+        "are left after this one, unless a checkpoint is saved: 1."
     )
-    assert told[1].endswith("restarts that are left after this one: 0.")
+    assert size == "The run goes on with 2 workers in place of 1."
+    assert hung.startswith(f"Rank 1 gave no sign of life. What it left is in {tmp_path / 'failure-1'}. The workers start again;")
+    assert hung.endswith("unless a checkpoint is saved: 0.")
     assert (tmp_path / "failure-1" / "error-rank1.json").exists()
     assert signal.getsignal(signal.SIGTERM) == handler
+    assert told.pauses == [1, 2]
+
+
+def test_a_run_that_fails_again_and_again_ends_with_all_causes(run_attempts: Run, tmp_path: Path, told: Told) -> None:
+    with pytest.raises(TrainingError) as error:
+        run_attempts(die, HANG, die)
+    died = "127.0.0.1 answers no more. Ray says: The actor died. Ray's logs are in /logs."
+    assert str(error.value) == (
+        f"{died} So it went 3 times in a row without a new checkpoint; before: 1. {died}; 2. Rank 1 gave no sign of life."
+    )
+    assert told.pauses == [1, 2]
+
+
+def test_a_checkpoint_between_losses_gives_the_restarts_back(run_attempts: Run, told: Told) -> None:
+    run_attempts(die, die, saves(5, die), die, saves(10, die), finish)
+    assert told.pauses == [1, 2, 1, 2, 1]
+
+
+def test_a_resize_is_no_loss(run_attempts: Run, tmp_path: Path, told: Told) -> None:
+    run_attempts(is_resized, is_resized, die, is_resized, is_resized, die, finish)
+    assert told.worlds == [1, 2, 2, 2, 2, 2, 2]
+    assert told.pauses == [1, 2]
+    assert texts(tmp_path)[0] == "there is room for 2 workers, 1 were running. It is saved up to step 7. The workers start again."
+    assert not list(tmp_path.glob("failure-*"))
+
+
+def test_a_stop_goes_before_a_resize(run_attempts: Run, tmp_path: Path) -> None:
+    def both(run_dir: Path) -> None:
+        request_stop(run_dir)
+        is_resized(run_dir)
+
+    with pytest.raises(PreemptedError, match=r"It is saved up to step 7\."):
+        run_attempts(both)
 
 
 @pytest.mark.parametrize(
     ("attempts", "error", "message"),
     [
-        ((die, HANG, die), TrainingError, "A worker died without a message of its own: The actor died"),
+        ((die, HANG, die), TrainingError, "Ray says: The actor died"),
         ((die, die, HANG), HangError, "Rank 1 gave no sign of life"),
         ((fails_with(DivergenceError("5 bad steps.")),), DivergenceError, r"5 bad steps\."),
         ((die, fails_with(PreemptedError("Saved at step 7."))), PreemptedError, r"Saved at step 7\."),
-        ((is_told_to_stop_and(die),), PreemptedError, "asked to stop, and ended before it was saved again: A worker died"),
+        ((is_told_to_stop_and(die),), PreemptedError, "asked to stop, and ended before it was saved again: 127.0.0.1 answers"),
         ((is_told_to_stop_and(HANG),), PreemptedError, "asked to stop, and ended before it was saved again: Rank 1"),
     ],
     ids=["dies too often", "hangs too often", "diverges", "stops", "dies while it stops", "hangs while it stops"],
@@ -127,6 +196,24 @@ def test_other_errors_and_the_last_attempt_s_are_raised_as_they_are(
 
 def test_a_run_that_ends_although_it_was_told_to_stop_has_ended(run_attempts: Run) -> None:
     run_attempts(is_told_to_stop_and(finish))
+
+
+def test_a_run_that_ends_although_it_was_to_be_resized_has_ended(run_attempts: Run, tmp_path: Path) -> None:
+    def both(run_dir: Path) -> None:
+        request_resize(run_dir, "too late")
+        finish(run_dir)
+
+    run_attempts(both)
+    assert not (tmp_path / RESIZE_FILE).exists()
+
+
+def test_a_loss_while_the_run_is_resized_is_a_loss(run_attempts: Run, told: Told) -> None:
+    def both(run_dir: Path) -> None:
+        request_resize(run_dir, "127.0.0.1 will be taken back")
+        die(run_dir)
+
+    run_attempts(both, both, finish)
+    assert told.pauses == [1, 2]
 
 
 def test_who_works_in_a_folder_clears_it_and_keeps_others_out(tmp_path: Path) -> None:
