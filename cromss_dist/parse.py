@@ -39,8 +39,6 @@ class ParsedRun:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     detach: bool = False  # whether the command ends when a job is submitted
     allow_insecure: bool = False  # whether a cluster is joined that lets anyone in
-    # Changes to the config of a run that goes on and whose folder only the cluster sees; `config` is then the defaults.
-    overrides: tuple[str, ...] | None = None
 
 
 def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
@@ -61,7 +59,7 @@ def parse_run(
     """Parses a launcher's arguments; `argv` defaults to `sys.argv[1:]`.
 
     With `--resume RUN_DIR` the run's own config, and cluster, take the place of the defaults, wherever the flag stands. A folder
-    that is not here may be one of a cluster that sees others: it reads the config then, and this function its changes.
+    that only a cluster sees cannot be read here: the run's config has to be given again.
 
     Args:
         argv: Without the program's name.
@@ -95,13 +93,20 @@ def parse_run(
             ahead.append(f"--cluster={resume / CLUSTER_FILE}")
     try:
         namespace = parser.parse_args([*ahead, *arguments])
-        cluster = _cluster_config(namespace) if clusters else ClusterConfig()
-        overrides = None
-        if resume and not here:
-            overrides = _overrides_elsewhere(arguments, resume, cluster)
-        config = RunConfig() if overrides is not None else _run_config(parser, namespace)
+        config = _run_config(parser, namespace)
+        cluster = parser.instantiate(namespace).cluster if clusters else ClusterConfig()
     except (ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(_explain(str(error), clusters)) from error
+    if resume and not here:
+        if not cluster.elsewhere:
+            raise ConfigError(
+                f"--resume={resume} is no folder of a run: it has no {CONFIG_FILE}. Give one that a run was started in."
+            )
+        if not namespace.config:
+            raise ConfigError(
+                f"--resume={resume} is not seen from this machine, so that its config has to be given, too: add --config and all "
+                f"that the run was started with, or a copy of its {CONFIG_FILE}."
+            )
     if namespace.fresh and not resume:
         raise ConfigError("--fresh=true is allowed only with --resume RUN_DIR; a new run has no checkpoints, so leave it out.")
     return ParsedRun(
@@ -113,7 +118,6 @@ def parse_run(
         cluster,
         bool(clusters and namespace.detach),
         bool(clusters and namespace.allow_insecure),
-        overrides,
     )
 
 
@@ -128,33 +132,6 @@ def _run_to_resume(arguments: list[str]) -> Path | None:
     if found is None:
         return None
     return Path(found).expanduser().absolute()
-
-
-def _overrides_elsewhere(arguments: list[str], resume: Path, cluster: ClusterConfig) -> tuple[str, ...]:
-    """The arguments that change the config of a run which this machine does not see."""
-    if not cluster.elsewhere:
-        raise ConfigError(
-            f"--resume={resume} is no folder of a run: it has no {CONFIG_FILE}. Give one that a run was started in."
-        )
-    rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--dry-run", "--fresh", "--profile", "--detach", "--allow-insecure"):
-        rest.add_argument(flag, action="store_true")
-    for flag in ("--resume", "--cluster", "--config"):
-        rest.add_argument(flag)
-    known, left = rest.parse_known_args(arguments)
-    if known.config:
-        raise ConfigError(
-            f"--config={known.config} cannot change the run in {resume}, which this machine does not see: give the changes as "
-            "dotted arguments, such as --train.epochs 200, or give the command where the folder is seen."
-        )
-    overrides: list[str] = []
-    of_cluster = False
-    for argument in left:
-        if argument.startswith("--"):
-            of_cluster = argument.startswith("--cluster.")
-        if not of_cluster:
-            overrides.append(argument)
-    return tuple(overrides)
 
 
 def write_yaml(config: RunConfig | ClusterConfig, path: Path) -> None:
@@ -190,14 +167,6 @@ def _parser(prog: str | None = None, description: str | None = None) -> Argument
 def _run_config(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
     init = parser.instantiate(namespace)
     return RunConfig(**{item.name: getattr(init, item.name) for item in fields(RunConfig)})
-
-
-def _cluster_config(namespace: Namespace) -> ClusterConfig:
-    parser = _parser()
-    parser.add_class_arguments(ClusterConfig, "cluster")
-    cluster = parser.instantiate(parser.parse_object({"cluster": namespace.cluster})).cluster
-    assert isinstance(cluster, ClusterConfig)
-    return cluster
 
 
 def _explain(message: str, clusters: bool = False) -> str:

@@ -42,7 +42,6 @@ class Job:
         run_dir: Folder of the run as the cluster sees it. The first try makes it, and the others go on in it.
         command: What `--resume` is an argument of, for messages.
         resume: Whether the run is one that goes on.
-        overrides: Changes to its config, where only the cluster can read that; else null, and the config is beside this file.
         fresh: Whether it starts over.
         profile: Whether a few steps are traced.
         allow_insecure: Whether its cluster may be one that asks for no token.
@@ -52,7 +51,6 @@ class Job:
     run_dir: str
     command: str
     resume: bool
-    overrides: tuple[str, ...] | None
     fresh: bool
     profile: bool
     allow_insecure: bool
@@ -69,7 +67,6 @@ class Job:
             str(run_dir),
             command,
             resume=run.resume is not None,
-            overrides=run.overrides,
             fresh=run.fresh,
             profile=run.profile,
             allow_insecure=run.allow_insecure,
@@ -77,17 +74,17 @@ class Job:
 
     def files(self, run: ParsedRun) -> dict[str, bytes]:
         """Name and content of the files that the job reads."""
-        files = {JOB_FILE: json.dumps(asdict(self), indent=2), CLUSTER_FILE: to_yaml(run.cluster)}
-        if self.overrides is None:
-            files[CONFIG_FILE] = to_yaml(run.config.with_absolute_paths())
+        files = {
+            JOB_FILE: json.dumps(asdict(self), indent=2),
+            CONFIG_FILE: to_yaml(run.config.with_absolute_paths()),
+            CLUSTER_FILE: to_yaml(run.cluster),
+        }
         return {name: text.encode() for name, text in files.items()}
 
     @classmethod
     def read(cls, folder: Path) -> "Job":
         """The job whose files are in a folder."""
-        values = json.loads((folder / JOB_FILE).read_text())
-        overrides = values.pop("overrides")
-        return cls(**values, overrides=None if overrides is None else tuple(overrides))
+        return cls(**json.loads((folder / JOB_FILE).read_text()))
 
     def prepare(self, folder: Path) -> ParsedRun:
         """Looks at what the run needs, makes its folder unless the job or the run goes on, and says what runs.
@@ -104,11 +101,8 @@ class Job:
         begun = (run_dir / CONFIG_FILE).is_file()
         if self.resume and not begun:
             raise ConfigError(f"--resume={run_dir} is no folder of a run, as the cluster sees it: it has no {CONFIG_FILE}.")
-        changes = [f"--config={folder / CONFIG_FILE}"] if self.overrides is None else self.overrides
-        resume = [f"--resume={run_dir}"] if begun else []
-        run = parse_run([*resume, *changes, f"--cluster={folder / CLUSTER_FILE}"], clusters=True)
-        config = run.config.with_absolute_paths()
-        run = replace(run, config=config, profile=self.profile, allow_insecure=self.allow_insecure)
+        run = parse_run([f"--config={folder / CONFIG_FILE}", f"--cluster={folder / CLUSTER_FILE}"], clusters=True)
+        run = replace(run, profile=self.profile, allow_insecure=self.allow_insecure)
         check(run)
         told = (folder / JOB_FILE).read_bytes()
         record = run_dir / JOB_FILE
