@@ -24,6 +24,7 @@ from cromss_dist.train.safety.failure import forget_errors, read_error, set_asid
 from cromss_dist.train.safety.stop import SIGNALS, passing_on_signals, stop_requested, take_resize
 from cromss_dist.world import COLLECTIVE_TIMEOUT_S, choose_device
 from launch.elastic import Demand, Node, resizing, wait_for_room
+from launch.session import ROOT
 from launch.session import cluster as ray_cluster
 from launch.worker import quiet, work
 
@@ -78,6 +79,7 @@ def drive(
     *,
     profile: bool = False,
     allow_insecure: bool = False,
+    code: Path = ROOT,
 ) -> RunSummary:
     """Runs a pretraining to its end on workers that Ray starts, and shows nothing: its events do.
 
@@ -93,6 +95,7 @@ def drive(
             this machine.
         profile: Whether a few steps are traced.
         allow_insecure: Whether a cluster is joined that asks for no token.
+        code: Folder of the packages that the workers of a cluster run; all machines see it.
 
     Returns:
         What the run left.
@@ -110,7 +113,7 @@ def drive(
     run = _Run(config, run_dir, demand, cluster.wait_s, address, profile)
     with passing_on_signals(run_dir), ExitStack() as joined:
         if address is not None:
-            run.logs = _join(joined, run, allow_insecure)
+            run.logs = _join(joined, run, allow_insecure, code)
         while (cause := run.attempt()) is not None:
             run.recover(cause)
     summary = read_summary(run_dir)
@@ -237,10 +240,10 @@ def _start(stack: ExitStack, run: _Run) -> str:
     return logs
 
 
-def _join(stack: ExitStack, run: _Run, allow_insecure: bool) -> str:
+def _join(stack: ExitStack, run: _Run, allow_insecure: bool, code: Path) -> str:
     """The cluster that is there, until the stack closes; returns the folder of its logs."""
     with _signals_held():
-        logs = stack.enter_context(ray_cluster(0, run.address, quiet, allow_insecure))
+        logs = stack.enter_context(ray_cluster(0, run.address, quiet, allow_insecure, code))
         stack.enter_context(passing_on_signals(run.run_dir))
     return logs
 

@@ -145,8 +145,8 @@ def train(run: ParsedRun, run_dir: Path, console: Console, command: str, address
         watching(run_dir, console),
         ending_the_run(run_dir, run.config.tracking_uri),
     ):
-        record(run, run_dir)
-        return drive(run.config, run_dir, run.cluster, address, profile=run.profile, allow_insecure=run.allow_insecure)
+        code = record(run, run_dir)
+        return drive(run.config, run_dir, run.cluster, address, profile=run.profile, allow_insecure=run.allow_insecure, code=code)
 
 
 def record(run: ParsedRun, run_dir: Path) -> Path:

@@ -27,7 +27,11 @@ def _new_token() -> str:
 
 @contextmanager
 def cluster(
-    num_cpus: int, address: str | None = None, setup_hook: Callable[[], None] | None = None, allow_insecure: bool = False
+    num_cpus: int,
+    address: str | None = None,
+    setup_hook: Callable[[], None] | None = None,
+    allow_insecure: bool = False,
+    code: Path = ROOT,
 ) -> Iterator[str]:
     """A Ray cluster: of this machine, needing a token, listening on loopback and ending with the block; or one to join.
 
@@ -36,6 +40,7 @@ def cluster(
         address: Of the cluster that is joined; None: starts one.
         setup_hook: Called in each of Ray's processes before anything else.
         allow_insecure: Whether a cluster is joined without a token.
+        code: Folder of the packages that the processes of a joined cluster import.
 
     Yields:
         The folder of its logs.
@@ -63,7 +68,7 @@ def cluster(
         if setup_hook:
             environment["worker_process_setup_hook"] = setup_hook
         if address is not None:
-            environment["env_vars"] = {"PYTHONPATH": str(ROOT)}
+            environment["env_vars"] = {"PYTHONPATH": str(code)}
         options["runtime_env"] = environment
         if address is None:
             options |= {"num_cpus": num_cpus, "include_dashboard": False}
@@ -88,9 +93,9 @@ def token_path() -> Path:
 def check_joinable(address: str, allow_insecure: bool = False) -> None:
     """Raises ClusterError unless there is a token that only this user can read, and something answers at `address`."""
     path = token_path()
-    if allow_insecure:
-        pass
-    elif os.environ.get("RAY_AUTH_MODE") != "token" or not path.is_file() or path.stat().st_mode & 0o077:
+    readable = path.is_file() and not path.stat().st_mode & 0o077
+    closed = os.environ.get("RAY_AUTH_MODE") == "token" and (readable or "RAY_AUTH_TOKEN" in os.environ)  # KubeRay's way
+    if not closed and not allow_insecure:
         raise ClusterError(
             "A Ray cluster is joined only with a token, since whoever reaches it without one can run code on it: start it with "
             f"RAY_AUTH_MODE=token, set that here too, and give its token in a file that only you can read (chmod 600 {path})."
