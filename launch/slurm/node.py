@@ -177,7 +177,7 @@ def scratch_folder() -> Iterator[Path]:
 
     In /tmp whatever TMPDIR says: the paths of Ray's sockets must be short. Folders of jobs that were killed go, too.
     """
-    for left in Path("/tmp").glob("cromss-*-*"):
+    for left in Path("/tmp").glob("cromss-[0-9]*-*"):
         if left.stat().st_uid == os.geteuid() and not _is_held(left):
             shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"cromss-{os.environ['SLURM_JOB_ID']}-", dir="/tmp"))  # mode 0700

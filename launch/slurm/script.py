@@ -80,8 +80,8 @@ def job_script(
     options = {
         "job-name": name,
         "dependency": "singleton",  # the run's folder is for one job at a time
+        # No number of tasks: Slurm would give no more nodes than the least of them need.
         "nodes": f"{least}-{most}" if least < most else str(most),
-        "ntasks-per-node": "1",
         "cpus-per-task": str(cluster.workers_on_each_node() * launch.cpus_per_worker),
         "gres": gres if cluster.gpus_per_node else None,
         "partition": slurm.partition,
@@ -106,7 +106,7 @@ def job_script(
             *lines,
             "set -eu",
             f"cd {place}",
-            f"export PYTHONPATH={place}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export PYTHONPATH={place}${{PYTHONPATH:+:${{PYTHONPATH}}}}",
             f"exec {shlex.quote(python)} -m launch.slurm.job {shlex.quote(str(folder))}",
             "",
         ]
