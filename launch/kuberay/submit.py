@@ -29,7 +29,7 @@ def create(manifest: str) -> str:
 
 
 def how_to_follow(name: str, namespace: str) -> str:
-    """The commands that follow a job, stop and resume it, one a line."""
+    """The commands that follow a job, show its state and stop it, one a line."""
     return "\n".join(
         (
             f"follow: kubectl logs --namespace {namespace} --follow job/{name}",
