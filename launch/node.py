@@ -156,6 +156,7 @@ def ray_environment(token_file: Path, address: str | None) -> dict[str, str]:
         **WATCHFUL,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file.absolute()),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",  # `python` of a job's command is this one
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",  # its ports answer without a token; this and the next keep them closed
         "DASHBOARD_METRIC_PORT": "-1",

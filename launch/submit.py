@@ -43,13 +43,16 @@ def submit(run: ParsedRun, job: Job) -> Any:
         headers = {"Authorization": f"Bearer {read_token()}"}
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)  # Ray would send the job, and the token, there
-    from ray.job_submission import JobSubmissionClient
+    from ray.dashboard.modules import dashboard_sdk
+    from ray.dashboard.modules.job import sdk
 
+    for module in (dashboard_sdk, sdk):
+        module.logger.setLevel("WARNING")
     with tempfile.TemporaryDirectory(prefix="cromss-job-") as folder:  # mode 0700
         package = Path(folder) / f"{job.name}.zip"
         package.write_bytes(Snapshot.take().zipped(job.files(run)))
         try:
-            client = JobSubmissionClient(url, headers=headers)
+            client = sdk.JobSubmissionClient(url, headers=headers)
             client.submit_job(
                 entrypoint=ENTRYPOINT,
                 submission_id=job.name,
