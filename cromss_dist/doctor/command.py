@@ -4,8 +4,9 @@ Layer 4.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -73,14 +74,18 @@ def print_reports(reports: Sequence[Report], as_json: bool) -> int:
 
 def rows(reports: Sequence[Report]) -> list[tuple[str, str, Finding]]:
     """Check, machines and finding of each row: machines for which all is well share one, as do those that say the same."""
-    grouped: dict[tuple[str, str], tuple[Finding, list[str]]] = {}
-    order = list(dict.fromkeys(finding.check for report in reports for finding in report.findings))
+    grouped: dict[tuple[str, str], list[tuple[str, Finding]]] = {}
+    num_of: Counter[str] = Counter()
     for report in reports:
         for finding in report.findings:
             what = "" if finding.level == "ok" else finding.level + finding.found
-            grouped.setdefault((finding.check, what), (finding, []))[1].append(report.node)
-    ranked = sorted(grouped.items(), key=lambda item: order.index(item[0][0]))  # stable
-    return [
-        (check, f"all {len(reports)}" if len(nodes) == len(reports) else ", ".join(nodes), finding)
-        for (check, _), (finding, nodes) in ranked
-    ]
+            grouped.setdefault((finding.check, what), []).append((report.node, finding))
+            num_of[finding.check] += 1
+    order = list(num_of)
+    found = []
+    for (check, _), members in sorted(grouped.items(), key=lambda item: order.index(item[0][0])):  # stable
+        nodes, (last, finding) = [node for node, _ in members], members[-1]
+        if len({member.found for _, member in members}) > 1:  # one stands for all
+            finding = replace(finding, found=f"{last.split()[0]}: {finding.found}")
+        found.append((check, f"all {len(nodes)}" if 1 < len(nodes) == num_of[check] else ", ".join(nodes), finding))
+    return found

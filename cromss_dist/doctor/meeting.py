@@ -17,7 +17,7 @@ from cromss_dist.doctor.collectives import Backend, all_reduce
 from cromss_dist.doctor.finding import Finding
 
 POLL_S = 0.005
-TO_GATHER_S = 60.0  # until all machines are there: their processes start one after the other
+TO_GATHER_S = 120.0  # until all machines are there: their processes start one after the other
 TO_ANSWER_S = 30.0  # from then on
 LATE_S = 2.0  # until a file of one machine is seen on another: stops and resizes are told so
 SKEW_WARN_S, SKEW_FAIL_S = 1.0, 30.0
