@@ -48,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pretrain(commands)
     _add_replay(commands)
     _add_doctor(commands)
+    _add_plan(commands)
+    _add_probe(commands)
     _add_registry(commands)  # further commands go here, one `_add_<command>` each
     return parser
 
@@ -110,6 +112,62 @@ def _doctor(options: argparse.Namespace) -> int:
 
     request = parse_request(options.rest, "cromss doctor")
     return print_reports([Report("this machine", tuple(examine(request.subject)))], request.as_json)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what a run will take, before any GPU hour",
+        description="Predicts step, epoch and run, memory, collective calls and cost of a run, and says what degenerates. "
+        "Takes --config, --cluster and dotted config keys, as launch/pretrain.py does.",
+        usage="cromss plan [--config CONFIG] [--cluster CLUSTER] [--KEY VALUE ...] [options]",
+        epilog="""examples:
+  cromss plan --config configs/pretrain/resnet50_13b_middle.yaml --nodes 8 --gpus 8 --machine h100 --locations 251079 --price 2.5
+  cromss plan --config run.yaml --cluster configs/cluster/slurm.yaml --machine profile.json
+  cromss plan --config run.yaml --machine profile.json --scaling 512 --weak 32
+
+Named machines are of data sheets, not measured: a100, h100, h200. The model and its checks: docs/scaling.md.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    plan.add_argument(
+        "--machine", metavar="PROFILE", default="h100", help="file of `cromss probe`, or a named one (default: h100)"
+    )
+    plan.add_argument("--nodes", type=int, metavar="N", help="machines; else those of --cluster")
+    plan.add_argument("--gpus", type=int, metavar="G", help="ranks of each machine; else those of --cluster")
+    plan.add_argument("--locations", type=int, metavar="N", help="locations of the dataset, if it is not here to be opened")
+    plan.add_argument("--price", type=float, metavar="PRICE", help="of a GPU and hour, in any currency")
+    plan.add_argument("--network-gbit", type=float, metavar="RATE", help="of all network cards of a node, Gbit/s")
+    plan.add_argument("--network-us", type=float, metavar="LATENCY", help="of a message between nodes, microseconds")
+    plan.add_argument("--scaling", type=int, metavar="RANKS", help="a table over 1, 2, 4 ... ranks instead")
+    plan.add_argument("--weak", type=int, metavar="SAMPLES", help="with --scaling: so many samples a rank, not the same batch")
+    plan.add_argument("--json", action="store_true", help="print JSON for scripts instead of tables")
+    plan.set_defaults(run=_plan, takes_rest=True)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from cromss_dist.plan.command import run_plan
+
+    run_plan(options)
+
+
+def _add_probe(commands: Any) -> None:
+    probe = commands.add_parser(
+        "probe",
+        help="measure this machine for `cromss plan`",
+        description="Measures, for about a minute, what a training step asks of this machine, and writes a profile.",
+    )
+    probe.add_argument("--out", type=Path, metavar="FILE", default=Path("profile.json"), help="default: %(default)s")
+    probe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
+    probe.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of a rank, as launch.cpus_per_worker")
+    probe.add_argument("--folder", type=Path, default=Path(), metavar="DIR", help="on the disk of data and runs (default: here)")
+    probe.set_defaults(run=_probe)
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from cromss_dist.plan.command import run_probe
+
+    run_probe(options)
 
 
 def _add_registry(commands: Any) -> None:

@@ -29,7 +29,7 @@ def _measure(forward: Callable[[Tensor, Tensor], object], s1: Tensor, s2: Tensor
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage._cdata] = storage.nbytes()  # the storage itself: on the meta device none has an address
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
