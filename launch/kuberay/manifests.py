@@ -23,10 +23,10 @@ from launch.node import WATCHFUL
 Object = dict[str, Any]  # of Kubernetes: JSON types alone
 
 LABEL: Final = "cromss-dist/job"  # on all that belongs to a job; its value is the job's name
-ENTRYPOINT: Final = "python -m launch.job"  # two shells read it, so nothing of a config is ever in it
 CODE_FILE: Final = "code.zip"
 JOB_FOLDER: Final = "/etc/cromss"  # in the pods: config, cluster, and what the job is told
 CODE_FOLDER: Final = "/code"
+ENTRYPOINT: Final = f"python -m launch.job {JOB_FOLDER}"  # two shells read it, so nothing of a config is ever in it
 SCRATCH: Final = "/tmp"
 _OURS = (JOB_FOLDER, CODE_FOLDER, SCRATCH, "/dev", "/proc", "/sys", "/opt")  # where no claim may be mounted
 LONGEST_NAME: Final = 47  # KubeRay's, of a RayJob
@@ -213,7 +213,6 @@ def _pod(kuberay: KubeRayConfig, name: str, container: str, resources: Mapping[s
         mounts.append({"name": f"claim-{number}", "mountPath": place})
     settings = {
         "HOME": SCRATCH,
-        # That of the cluster's processes, and so of the driver and the workers; nothing that the image may have changed.
         **({"PYTHONPATH": CODE_FOLDER} if has_code else {}),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_S),
@@ -221,7 +220,7 @@ def _pod(kuberay: KubeRayConfig, name: str, container: str, resources: Mapping[s
     }
     ray = _container(kuberay, container, resources)
     ray |= {
-        "workingDir": JOB_FOLDER,  # that of the job's command
+        "workingDir": JOB_FOLDER,  # of the job's command, too; in the image's own the code there would come before PYTHONPATH
         "env": [{"name": key, "value": value} for key, value in settings.items()],
         "envFrom": [{"secretRef": {"name": secret}} for secret in kuberay.env_secrets],
         "volumeMounts": mounts,

@@ -227,7 +227,8 @@ def test_no_value_of_a_config_is_in_a_command() -> None:
     evil = "a; touch x"
     run = replace(RUN, output=f"/data/{evil}", data=DataConfig(shards=f"/data/$(touch x)/{evil}"))
     job = by_kind(render(config=run))["RayJob"]
-    assert job["spec"]["entrypoint"] == "python -m launch.job" == shlex.join(shlex.split(job["spec"]["entrypoint"]))
+    entrypoint = job["spec"]["entrypoint"]
+    assert entrypoint == "python -m launch.job /etc/cromss" == shlex.join(shlex.split(entrypoint))
     assert "touch" not in str(job)
 
 
