@@ -27,9 +27,7 @@ from torch import Tensor, nn
 from cromss_dist.config import DataConfig, EngineConfig, LossConfig, ModelConfig, TrainConfig, plan_batches
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.conversion.convert import convert
-from cromss_dist.data.loading.augment import prepare, train_geometry
-from cromss_dist.data.loading.draws import Draws
-from cromss_dist.data.loading.loader import TrainLoader
+from cromss_dist.data.loading.augment import train_example
 from cromss_dist.data.loading.run_data import RunData
 from cromss_dist.data.synthetic import SyntheticConfig, write_archive
 from cromss_dist.losses import CromssLoss
@@ -111,18 +109,9 @@ def make_batches(folder: Path, number: int) -> list[Example]:
     archive = folder / "archive"
     write_archive(archive, SyntheticConfig(num_locations=2 * GLOBAL_BATCH, seed=SEED, size_px=96))
     data = DataConfig(shards=str(convert(open_archive(archive), folder / "shards").folder), crop_px=CROP_PX)
-    run_data = RunData.open(data, SEED)
-    plan = run_data.train_plan(plan_batches(EngineConfig(global_batch=GLOBAL_BATCH), 1))
-    examples = []
-    with TrainLoader(
-        plan=plan, threads=1, workers=0, prefetch=1, lookahead=1, timeout_s=600, on_corrupt="stop", pin_memory=False
-    ) as loader:
-        for _ in range(number):
-            batch = next(loader)
-            drawn = Draws(SEED, batch.epochs.numpy(), batch.sample_ids.numpy())
-            geometry = train_geometry(drawn, 96, CROP_PX, data.flip_p, data.rotate_p, data.rotate_max_deg)
-            examples.append(prepare(batch, geometry, data.s1_bands, data.s2_bands, "ts", torch.device("cpu")))
-    return examples
+    plan = plan_batches(EngineConfig(global_batch=GLOBAL_BATCH), 1)
+    with RunData.open(data, SEED).train_loader(plan) as loader:
+        return [train_example(next(loader), data, "ts", SEED, "cpu") for _ in range(number)]
 
 
 def cut(whole: Example, part: int, parts: int) -> Example:

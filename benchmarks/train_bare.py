@@ -12,9 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cromss_dist.data.loading.augment import prepare, train_geometry
-from cromss_dist.data.loading.draws import Draws
-from cromss_dist.data.loading.loader import TrainLoader
+from cromss_dist.data.loading.augment import train_example
 from cromss_dist.losses import CromssLoss
 from cromss_dist.parse import parse_run
 from cromss_dist.train.preflight import Preflight
@@ -27,26 +25,15 @@ def main() -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG")
     config = parse_run(["--config", str(parser.parse_args().config)]).config
     torch.set_num_threads(config.launch.cpus_per_worker)
-    preflight, data, train, reading = Preflight.of(config, 1), config.data, config.train, config.data.reading
+    preflight, train = Preflight.of(config, 1), config.train
     model, loss = preflight.build_model(), CromssLoss(config.loss)
     optimizer = torch.optim.Adam(model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
     memory_format = resolve_memory_format(config.engine, torch.device("cpu"))
-    timeline, patch_px = preflight.timeline, preflight.data.dataset.patch_px
-    loader = TrainLoader(
-        plan=preflight.data.train_plan(preflight.plan),
-        threads=reading.threads,
-        workers=reading.workers,
-        prefetch=reading.prefetch_batches,
-        lookahead=reading.lookahead_batches,
-        timeout_s=reading.timeout_s,
-    )
-    with loader as batches:
+    timeline = preflight.timeline
+    with preflight.data.train_loader(preflight.plan) as batches:
         started = time.perf_counter()
         for step in range(1, timeline.total_steps + 1):
-            batch = next(batches)
-            draws = Draws(config.seed, batch.epochs.numpy(), batch.sample_ids.numpy())
-            geometry = train_geometry(draws, patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
-            example = prepare(batch, geometry, data.s1_bands, data.s2_bands, config.loss.prior, "cpu")
+            example = train_example(next(batches), config.data, config.loss.prior, config.seed, "cpu")
             s1, s2 = (x.contiguous(memory_format=memory_format) for x in (example.s1, example.s2))
             progress = timeline.epochs((step - 1) * timeline.global_batch)
             logits_s1, logits_s2 = model(s1, s2)

@@ -4,7 +4,6 @@ Layer 4.
 """
 
 import os
-import platform
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from cromss_dist.train.run.watch import watching
 from cromss_dist.train.safety.hang import HangWatch
 from cromss_dist.train.safety.stop import StopRequest
 from cromss_dist.train.step.engine import Engine
-from cromss_dist.world import World, join
+from cromss_dist.world import World, device_name, join
 
 CHECKPOINTS = "checkpoints"
 
@@ -84,7 +83,6 @@ def pretrain(config: RunConfig, run_dir: Path, profile: bool = False) -> RunSumm
                 trainer = Pretraining(
                     preflight, world, engine, loss, safeguards, Profile(run_dir if profile else None, world.rank), record
                 )
-                _tell(checkpoints.events, record)
                 if saved:
                     trainer.resume(saved)
                     if record:
@@ -98,12 +96,6 @@ def pretrain(config: RunConfig, run_dir: Path, profile: bool = False) -> RunSumm
                 return export(weights, model, preflight, trainer, run_dir, record)
         finally:
             engine.close()
-
-
-def _tell(events: Sequence[str], record: Record | None) -> None:
-    if record:
-        for text in events:
-            record.event("stage", text=text)
 
 
 def run_in_process(parsed: ParsedRun, console: Console) -> RunSummary:
@@ -150,7 +142,7 @@ def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path
         "git_revision": git_revision(),
         "run_dir": str(run_dir),
         "world_size": str(world.size),
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "cpu",
+        "device": device_name(world.device),
         "precision": engine.precision,
     }
     run_id = next((event["run_id"] for event in reversed(read_events(run_dir)) if event["event"] == "start"), None)

@@ -20,9 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cromss_dist.config import BatchPlan, RunConfig
-from cromss_dist.data.loading.augment import prepare, train_geometry
-from cromss_dist.data.loading.draws import Draws
-from cromss_dist.data.loading.loader import TrainLoader
+from cromss_dist.data.loading.augment import train_example
 from cromss_dist.data.loading.run_data import RunData
 from cromss_dist.errors import CheckpointError, ConfigError
 from cromss_dist.losses import CromssLoss
@@ -31,13 +29,13 @@ from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.parse import parse_run
 from cromss_dist.schema import IGNORE, Batch, Example
 from cromss_dist.train.safety.bundle import CONFIG_FILE, Bundle, Samples, read_bundle
-from cromss_dist.train.step.engine import resolve_precision
-from cromss_dist.world import choose_device
+from cromss_dist.train.step.engine import autocast, resolve_precision
+from cromss_dist.world import choose_device, device_name
 
 _MAX_ROWS = 8  # samples and tensors that are printed
 _SAME = 0.01  # relative: losses of a step on another machine
 _ALIKE = 0.5  # the same after one more step
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NOT_ITS_OWN = ("--dry-run", "--resume", "--fresh", "--profile")  # of what the config's parser takes
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,14 @@ def replay(folder: Path, overrides: Sequence[str] = ()) -> tuple[Bundle, Replaye
         ShardError: the data are missing or damaged.
     """
     bundle, weights = read_bundle(folder)
-    config = parse_run(["--config", str(folder / CONFIG_FILE), *overrides], prog="cromss replay").config.with_absolute_paths()
+    if wrong := [flag for argument in overrides if (flag := argument.partition("=")[0]) in _NOT_ITS_OWN]:
+        raise ConfigError(
+            f"cromss replay does not take {wrong[0]}: it computes one step and leaves the run alone. Give it dotted config "
+            "keys alone, such as --engine.device cpu."
+        )
+    # One process reads few batches: workers would take longer to start.
+    arguments = ["--config", str(folder / CONFIG_FILE), "--data.reading.workers", "0", *overrides]
+    config = parse_run(arguments, prog="cromss replay").config.with_absolute_paths()
     device = choose_device(config.engine.device)
     precision = resolve_precision(config.engine, device)
     model = TwoBranchUNet(config.model, len(config.data.s1_bands), len(config.data.s2_bands))
@@ -130,13 +135,12 @@ def replay(folder: Path, overrides: Sequence[str] = ()) -> tuple[Bundle, Replaye
         recompute_activations(model)
     model.to(device).train()
     batches = _read_samples(config, bundle)
-    examples = [_example(batch, config, device) for batch in batches]
-    autocast = torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32")
+    examples = [train_example(batch, config.data, config.loss.prior, config.seed, device) for batch in batches]
     with _watched(model) as outputs:
-        loss, parts, logits = _loss_and_gradient(autocast(model), examples, config, bundle)
+        loss, parts, logits = _loss_and_gradient(autocast(precision, device)(model), examples, config, bundle)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return bundle, Replayed(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=device_name(device),
         precision=precision,
         loss=loss,
         parts=parts,
@@ -194,23 +198,8 @@ def _read_samples(config: RunConfig, bundle: Bundle) -> list[Batch]:
         )
     num_micro_batches = bundle.plan.accumulation_steps * bundle.plan.world_size
     plan = replace(bundle.plan, accumulation_steps=num_micro_batches, world_size=1)
-    reading = config.data.reading
-    loader = TrainLoader(
-        plan=data.train_plan(plan).starting_at(bundle.samples_seen),
-        threads=reading.threads,
-        timeout_s=reading.timeout_s,
-        on_corrupt=reading.on_corrupt,
-    )
-    with loader:
+    with data.train_loader(plan, samples=bundle.samples_seen) as loader:
         return [next(loader) for _ in range(num_micro_batches)]
-
-
-def _example(batch: Batch, config: RunConfig, device: torch.device) -> Example:
-    data = config.data
-    drawn = Draws(config.seed, batch.epochs.numpy(), batch.sample_ids.numpy())
-    patch_px = int(batch.labels.shape[-1])
-    geometry = train_geometry(drawn, patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
-    return prepare(batch, geometry, data.s1_bands, data.s2_bands, config.loss.prior, device)
 
 
 def _loss_and_gradient(

@@ -40,6 +40,10 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on some rank, on every rank; a collective call."""
+        return float(self.reduce_sum(torch.tensor([float(flag)], device=self.device))) > 0
+
     def broadcast_json(self, value: Any) -> Any:
         """Rank 0's value of JSON types, on every rank; a collective call."""
         if self.size == 1:
@@ -54,6 +58,11 @@ class World:
     def barrier(self) -> None:
         """Waits for all ranks."""
         self.reduce_sum(torch.zeros(1, device=self.device)).item()
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words: the model of a GPU, or 'cpu'."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def choose_device(wish: Literal["auto", "cpu", "cuda"]) -> torch.device:

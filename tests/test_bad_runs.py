@@ -8,18 +8,8 @@ from typing import Any
 import pytest
 
 import cromss_dist.train.loop
-from cromss_dist.config import (
-    CheckpointConfig,
-    DataConfig,
-    EngineConfig,
-    FaultConfig,
-    LossConfig,
-    ModelConfig,
-    RunConfig,
-    TrackingConfig,
-    TrainConfig,
-)
-from cromss_dist.data.loading.augment import prepare
+from cromss_dist.config import FaultConfig, LossConfig, RunConfig
+from cromss_dist.data.loading.augment import train_example
 from cromss_dist.errors import DivergenceError
 from cromss_dist.replay import replay
 from cromss_dist.schema import Example
@@ -27,7 +17,7 @@ from cromss_dist.train.checkpoint import writer
 from cromss_dist.train.run.events import read_events
 from cromss_dist.world import World
 from tests.ranks import Ranks, run_ranks
-from tests.whole_runs import start_folder, trace_of, traced_run
+from tests.whole_runs import of_steps, small_run, start_folder, trace_of, traced_run
 
 STEPS = 8
 
@@ -35,16 +25,8 @@ STEPS = 8
 @pytest.fixture
 def config(synthetic_shards: Path, store_uri: str) -> RunConfig:
     """Eight steps of 2 ranks x 2 micro batches x 1 sample, with the loss of the global batch."""
-    epoch_steps = 9 / 4  # nine locations
-    return RunConfig(
-        data=DataConfig(shards=str(synthetic_shards), crop_px=32, val_fraction=0.25, val_seasons=(0,)),
-        model=ModelConfig(encoder="resnet18", encoder_depth=3, decoder_channels=(8, 8, 8)),
-        loss=LossConfig(ramp_epochs=10),
-        train=TrainConfig(epochs=STEPS / epoch_steps, lr=1e-3, log_every_steps=1, validate_every_epochs=20, panel_samples=1),
-        engine=EngineConfig(global_batch=4, accumulation_steps=2, device="cpu"),
-        checkpoint=CheckpointConfig(every_epochs=3 / epoch_steps),
-        tracking=TrackingConfig(uri=store_uri, register=False),
-    )
+    config = of_steps(small_run(synthetic_shards, store_uri), STEPS)
+    return replace(config, engine=replace(config.engine, accumulation_steps=2))
 
 
 def run_with_bad_pixels(world: World, run_dir: Path, config: dict[str, Any], first: int, last: int) -> None:
@@ -54,12 +36,12 @@ def run_with_bad_pixels(world: World, run_dir: Path, config: dict[str, Any], fir
     def spoil(*arguments: Any) -> Example:
         nonlocal num_prepared
         num_prepared += 1
-        example = prepare(*arguments)
+        example = train_example(*arguments)
         if world.rank == 1 and first <= (num_prepared + 1) // 2 <= last:  # two micro batches a step
             example.s2[0, 3, 5, 5] = float("nan")
         return example
 
-    vars(cromss_dist.train.loop)["prepare"] = spoil
+    vars(cromss_dist.train.loop)["train_example"] = spoil
     traced_run(world, run_dir, config)
 
 

@@ -15,7 +15,8 @@ from tests.ranks import Ranks, run_ranks
 
 def add(world: World, folder: Path, number: int) -> None:
     total = world.reduce_sum(torch.tensor([number + world.rank]))
-    (folder / f"sum-{world.rank}").write_text(f"{int(total)} {os.environ['WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']}")
+    flags = world.any(False), world.any(world.rank == 1), world.any(True)
+    (folder / f"sum-{world.rank}").write_text(f"{int(total)} {flags} {os.environ['WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']}")
 
 
 def fail(world: World, folder: Path) -> None:
@@ -32,7 +33,7 @@ def sleep(world: World, folder: Path) -> None:
 
 def test_ranks_form_one_group(tmp_path: Path) -> None:
     assert run_ranks(add, 2, tmp_path, 5) == [0, 0]
-    assert [(tmp_path / f"sum-{rank}").read_text() for rank in range(2)] == ["11 2 1", "11 2 1"]
+    assert [(tmp_path / f"sum-{rank}").read_text() for rank in range(2)] == ["11 (False, True, True) 2 1"] * 2
 
 
 def test_the_exit_code_of_an_error_and_the_output_reach_the_test(tmp_path: Path) -> None:

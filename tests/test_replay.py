@@ -12,7 +12,7 @@ import torch
 import cromss_dist.replay
 from cromss_dist.cli import main
 from cromss_dist.config import BatchPlan, DataConfig, EngineConfig, LossConfig, ModelConfig, RunConfig
-from cromss_dist.data.loading.augment import prepare, train_geometry
+from cromss_dist.data.loading.augment import prepare, train_example, train_geometry
 from cromss_dist.data.loading.draws import Draws
 from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.data.loading.run_data import RunData
@@ -147,13 +147,13 @@ def test_a_sample_that_is_not_finite_reproduces_and_is_named(
     calls = []
 
     def spoil(*arguments: Any) -> Example:
-        example = prepare(*arguments)
+        example = train_example(*arguments)
         calls.append(arguments[0].keys)
         if len(calls) == 3:  # the first micro batch of rank 1
             example.s1[1, 0, 4, 4] = math.inf
         return example
 
-    monkeypatch.setattr(cromss_dist.replay, "prepare", spoil)
+    monkeypatch.setattr(cromss_dist.replay, "train_example", spoil)
     bundle, found = replay(folder)
     (bad,) = [sample for sample in found.samples if not sample.inputs_finite]
     assert (bad.key, bad.rank) == (calls[2][1], 1)
@@ -193,6 +193,14 @@ def test_a_gradient_that_is_not_finite_reproduces_and_its_layer_is_named(
     assert found.verdict(bundle) == (
         "reproduces: gradient is not finite. The logits are finite; the first gradient that is not: heads.shared.0.weight."
     )
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--resume=runs/x", "--resume", "--fresh", "--profile"])
+def test_flags_of_a_run_are_refused(synthetic_shards: Path, tmp_path: Path, flag: str) -> None:
+    config = config_of(synthetic_shards)
+    folder = bundle_of(config, PLAN, tmp_path, model_of(config).state_dict())
+    with pytest.raises(ConfigError, match=f"cromss replay does not take {flag.partition('=')[0]}: it computes one step"):
+        replay(folder, ["--engine.device", "cpu", flag])
 
 
 def test_other_data_and_another_order_are_refused(synthetic_shards: Path, tmp_path: Path) -> None:

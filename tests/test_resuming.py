@@ -11,17 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cromss_dist.config import (
-    CheckpointConfig,
-    DataConfig,
-    EngineConfig,
-    LossConfig,
-    ModelConfig,
-    ReadingConfig,
-    RunConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from cromss_dist.config import EngineConfig, LossConfig, ModelConfig, ReadingConfig, RunConfig
 from cromss_dist.errors import CheckpointError
 from cromss_dist.parse import CONFIG_FILE, parse_run
 from cromss_dist.schema import MODALITIES
@@ -32,27 +22,13 @@ from cromss_dist.train.run.events import read_events
 from cromss_dist.train.run.folder import read_summary, working_in
 from cromss_dist.world import World
 from tests.ranks import run_ranks
-from tests.whole_runs import Trace, run_and_kill, run_until, start_folder, trace_of, traced_run
+from tests.whole_runs import Trace, of_steps, run_and_kill, run_until, small_run, start_folder, trace_of, traced_run
 
 
 @pytest.fixture
 def config(synthetic_shards: Path, store_uri: str) -> RunConfig:
     """A run of steps of 4 samples, saved every third step, of networks that are as small as they can be."""
-    epoch_steps = 9 / 4  # nine locations
-    return RunConfig(
-        data=DataConfig(shards=str(synthetic_shards), crop_px=32, val_fraction=0.25, val_seasons=(0,)),
-        model=ModelConfig(encoder="resnet18", encoder_depth=3, decoder_channels=(8, 8, 8)),
-        loss=LossConfig(ramp_epochs=10),
-        train=TrainConfig(lr=1e-3, validate_every_epochs=20 / epoch_steps, log_every_steps=1, panel_samples=1),
-        engine=EngineConfig(global_batch=4, device="cpu"),
-        checkpoint=CheckpointConfig(every_epochs=3 / epoch_steps),
-        tracking=TrackingConfig(uri=store_uri, register=False),
-    )
-
-
-def of_steps(config: RunConfig, steps: int) -> RunConfig:
-    """The same run with another length."""
-    return replace(config, train=replace(config.train, epochs=steps * 4 / 9))
+    return small_run(synthetic_shards, store_uri)
 
 
 def uninterrupted(folder: Path, config: RunConfig, world: int) -> tuple[Trace, bytes]:

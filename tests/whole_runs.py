@@ -3,13 +3,22 @@
 import json
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from cromss_dist.config import RunConfig
+from cromss_dist.config import (
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.parse import CONFIG_FILE, from_dict, write_yaml
 from cromss_dist.pretrain import pretrain
@@ -21,6 +30,27 @@ from tests.forkserver import preload
 from tests.ranks import Ranks
 
 preload("mlflow.store.tracking.sqlalchemy_store", "mlflow.tracking", "cromss_dist.tracking.panels")
+
+
+EPOCH_STEPS = 9 / 4  # of nine locations
+
+
+def small_run(shards: Path, store_uri: str, validate_every: int = 20, save_every: int = 3) -> RunConfig:
+    """A run of steps of 4 samples of the synthetic shards, of the smallest networks there are; its length is `of_steps`'."""
+    return RunConfig(
+        data=DataConfig(shards=str(shards), crop_px=32, val_fraction=0.25, val_seasons=(0,)),
+        model=ModelConfig(encoder="resnet18", encoder_depth=3, decoder_channels=(8, 8, 8)),
+        loss=LossConfig(ramp_epochs=10),
+        train=TrainConfig(lr=1e-3, validate_every_epochs=validate_every / EPOCH_STEPS, log_every_steps=1, panel_samples=1),
+        engine=EngineConfig(global_batch=4, device="cpu"),
+        checkpoint=CheckpointConfig(every_epochs=save_every / EPOCH_STEPS),
+        tracking=TrackingConfig(uri=store_uri, register=False),
+    )
+
+
+def of_steps(config: RunConfig, steps: int) -> RunConfig:
+    """The same run with another length."""
+    return replace(config, train=replace(config.train, epochs=steps / EPOCH_STEPS))
 
 
 def traced_run(world: World, run_dir: Path, config: dict[str, Any]) -> None:

@@ -10,19 +10,18 @@ from typing import Any, NoReturn
 
 import torch
 
-from cromss_dist.data.loading.augment import prepare, train_geometry
-from cromss_dist.data.loading.draws import Draws, hash64
-from cromss_dist.data.loading.loader import TrainLoader
+from cromss_dist.data.loading.augment import train_example
+from cromss_dist.data.loading.draws import hash64
 from cromss_dist.errors import PreemptedError, StorageError, TrainingError
 from cromss_dist.losses import CromssLoss
-from cromss_dist.schema import Batch, Example
+from cromss_dist.schema import Example
 from cromss_dist.train.checkpoint.reader import Saved
 from cromss_dist.train.checkpoint.store import Checkpoints
 from cromss_dist.train.figures.meter import Meter
 from cromss_dist.train.figures.profile import Profile
 from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.run.record import Record
-from cromss_dist.train.safety.bundle import Bundle, Samples, has_room, write_bundle
+from cromss_dist.train.safety.bundle import Bundles
 from cromss_dist.train.safety.guard import Guard, Verdict
 from cromss_dist.train.safety.hang import HangWatch
 from cromss_dist.train.safety.stop import StopRequest
@@ -31,8 +30,6 @@ from cromss_dist.train.step.engine import Engine, StepResult
 from cromss_dist.train.step.schedule import Plateau, lr_factor
 from cromss_dist.train.validation import Validator
 from cromss_dist.world import World
-
-Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -78,20 +75,19 @@ class Pretraining:
         self.config, self.timeline = preflight.config, preflight.timeline
         self.plateau = Plateau(self.config.train)
         self.guard = Guard(self.config.faults, world)
+        self.bundles = Bundles(safeguards.hang.run_dir, preflight, world, engine)
         self.validator = Validator(preflight, world, engine, loss)
         self.meter = Meter(world.device, self.timeline.global_batch)
-        self.loader = self._train_loader()
+        self.loader = preflight.data.train_loader(preflight.plan, world.rank, pin_memory=world.device.type == "cuda")
         self.step = 0
         """Optimiser steps taken or skipped."""
         self.validated_step = -1
-        self.before: Metrics = {}
+        self.before: dict[str, float] = {}
         """Validation before the first step."""
-        self.after: Metrics = {}
+        self.after: dict[str, float] = {}
         """The last validation."""
         self.samples_per_s = 0.0  # of the last interval that was logged; the run's throughput once warmed up
         self._replaced_before = 0
-        self._failures_told = 0
-        self._committed_told = safeguards.checkpoints.last_committed
         self._saved_step = -1
 
     @property
@@ -111,6 +107,7 @@ class Pretraining:
             CheckpointError: it is of other networks.
             ConfigError: it is of another order of samples.
         """
+        self._tell_of_savings()  # of newer ones that do not verify
         state = saved.state
         self.loader.load_state_dict(state["loader"])
         self.engine.restore(saved.tensors, state["engine"])
@@ -134,7 +131,6 @@ class Pretraining:
         with self.loader, self.profile:
             self._validate()
             while self.step < self.timeline.total_steps:
-                self._beat("data")
                 verdict = self._train_step()
                 if self.step % self.config.train.log_every_steps == 0 or self.step == self.timeline.total_steps:
                     self._log()
@@ -173,27 +169,7 @@ class Pretraining:
             batch = next(self.loader)
         self._beat("computing a step")
         with self.meter.phase("transforms"):
-            return self._example(batch)
-
-    def _example(self, batch: Batch) -> Example:
-        data, loss = self.config.data, self.config.loss
-        drawn = Draws(self.config.seed, batch.epochs.numpy(), batch.sample_ids.numpy())
-        patch_px = self.preflight.data.dataset.patch_px
-        geometry = train_geometry(drawn, patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
-        return prepare(batch, geometry, data.s1_bands, data.s2_bands, loss.prior, self.world.device)
-
-    def _train_loader(self) -> TrainLoader:
-        reading = self.config.data.reading
-        return TrainLoader(
-            plan=self.preflight.data.train_plan(self.preflight.plan, self.world.rank),
-            threads=reading.threads,
-            workers=reading.workers,
-            prefetch=reading.prefetch_batches,
-            lookahead=reading.lookahead_batches,
-            timeout_s=reading.timeout_s,
-            on_corrupt=reading.on_corrupt,
-            pin_memory=self.world.device.type == "cuda",
-        )
+            return train_example(batch, self.config.data, self.config.loss.prior, self.config.seed, self.world.device)
 
     def _beat(self, place: str) -> None:
         self.safeguards.hang.beat(f"{place}, step {self.step + 1}")
@@ -214,7 +190,8 @@ class Pretraining:
         self.samples_per_s = values["perf/samples_per_s"]
         if self.record:
             self.record.metrics(values, self.step, self.samples)
-        self._look_at_saving()
+        if not self.world.any(not self.safeguards.checkpoints.ended):  # it takes no waiting
+            self._finish_saving()
 
     def _validate(self) -> None:
         """Validates where that is due and was not done, also after a resume."""
@@ -243,8 +220,7 @@ class Pretraining:
 
     def _goes_on(self, place: str) -> bool:
         self._beat(place)
-        wanted = torch.tensor([float(self.safeguards.stop.wanted)], device=self.world.device)
-        return float(self.world.reduce_sum(wanted)) == 0
+        return not self.world.any(self.safeguards.stop.wanted)
 
     def _save(self) -> None:
         """Takes a snapshot and has it written while training goes on."""
@@ -260,7 +236,6 @@ class Pretraining:
         replaced = torch.tensor([self._num_replaced], dtype=torch.float64, device=self.world.device)
         return {
             "config": self.config.to_dict(),
-            "samples": self.samples,
             "loader": self.loader.state_dict(),
             "engine": self.engine.state(),
             "plateau": self.plateau.state_dict(),
@@ -285,12 +260,6 @@ class Pretraining:
         state = "nothing of it is saved" if kept is None else f"it is saved up to step {kept}"
         raise PreemptedError(f"The run was asked to stop after step {self.step}; {state}.")
 
-    def _look_at_saving(self) -> None:
-        """Takes note of a saving that has come to its end on all ranks; a collective call."""
-        busy = torch.tensor([float(not self.safeguards.checkpoints.ended)], device=self.world.device)
-        if float(self.world.reduce_sum(busy)) == 0:
-            self._finish_saving()
-
     def _finish_saving(self) -> None:
         """Waits until what is being saved is on disk, and tells of it; a collective call."""
         self.safeguards.checkpoints.wait()
@@ -298,44 +267,20 @@ class Pretraining:
 
     def _tell_of_savings(self) -> None:
         """Events of what was saved, and of what could not be, once each."""
-        checkpoints = self.safeguards.checkpoints
-        committed, told = checkpoints.last_committed, self._committed_told
-        failures, self._failures_told = checkpoints.failures[self._failures_told :], len(checkpoints.failures)
-        self._committed_told = committed
-        if self.record is None:
-            return
-        if committed is not None and committed != told:
-            self.record.checkpoint(committed, str(checkpoints.path(committed)), checkpoints.last_seconds)
-        for reason in failures:
-            self.record.event("stage", text=reason)
+        news = self.safeguards.checkpoints.take_news()
+        if self.record:
+            self.record.savings(news)
 
     def _tell_of_bad_step(self, reason: str, verdict: Verdict, result: StepResult, progress: float) -> None:
         """An event, and a replay bundle while there is room for one; a collective call."""
-        run_dir, device = self.safeguards.hang.run_dir, self.world.device
-        folder: str | None = None
-        if has_room(run_dir, self.config.faults.bundles, self.world):
-            weights = self.engine.state_dict()
+        folder = None
+        try:
+            folder = self.bundles.keep(reason, self.step, progress, verdict.loss, result)
+        except StorageError as error:  # the run needs no bundle
             if self.record:
-                samples = self.samples - self.timeline.global_batch
-                bundle = Bundle(
-                    reason=reason,
-                    step=self.step,
-                    samples_seen=samples,
-                    progress_epochs=progress,
-                    loss=verdict.loss,
-                    grad_norm=result.grad_norm,
-                    weights_of="after" if result.applied else "before",
-                    precision=self.engine.precision,
-                    device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                    plan=self.preflight.plan,
-                    datasets=tuple(source.dataset.digest for source in self.preflight.data.train),
-                    samples=Samples.of(self.preflight.data, self.preflight.plan, samples),
-                )
-                try:
-                    folder = str(write_bundle(run_dir, bundle, self.config, weights))
-                except StorageError as error:  # the run needs no bundle
-                    self.record.event("stage", text=str(error))
+                self.record.event("stage", text=str(error))
+        bundle = str(folder) if folder else None
         if self.record and verdict.spike:
-            self.record.spike(self.step, reason, not result.applied, folder)
+            self.record.spike(self.step, reason, not result.applied, bundle)
         elif self.record:
-            self.record.bad_step(self.step, reason, folder)
+            self.record.bad_step(self.step, reason, bundle)

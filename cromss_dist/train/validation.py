@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cromss_dist.data.loading.augment import eval_geometry, prepare
-from cromss_dist.data.loading.loader import EvalLoader
 from cromss_dist.losses import CromssLoss
 from cromss_dist.schema import MODALITIES, REFERENCE_ARRAY, Batch, Example, Modality
 from cromss_dist.tracking.panels import PanelSample, draw_panels
@@ -87,7 +86,8 @@ class Validator:
         self._engine.average_running_statistics()
         self._engine.train(False)
         try:
-            with self._loader() as loader:
+            batches = self._preflight.data.eval_loader(self._preflight.plan, self._world.rank, device.type == "cuda")
+            with batches as loader:
                 for number, batch in enumerate(loader):
                     if not goes_on(f"batch {number} of validation"):
                         return None
@@ -118,17 +118,6 @@ class Validator:
         """The prediction panel."""
         title = f"{self._config.name}, after {progress_epochs:.4g} epochs"
         return draw_panels(list(validation.panel), self._config.data.s1_bands, self._config.data.s2_bands, title)
-
-    def _loader(self) -> EvalLoader:
-        reading = self._config.data.reading
-        return EvalLoader(
-            plan=self._preflight.data.eval_plan(self._preflight.plan, self._world.rank),
-            threads=reading.threads,
-            prefetch=reading.prefetch_batches,
-            lookahead=reading.lookahead_batches,
-            timeout_s=reading.timeout_s,
-            pin_memory=self._world.device.type == "cuda",
-        )
 
     def _panel(
         self,

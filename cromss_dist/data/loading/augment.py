@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from cromss_dist.config import DataConfig
 from cromss_dist.data.loading.draws import Draws
 from cromss_dist.data.loading.prior import label_prior
 from cromss_dist.errors import ConfigError
@@ -76,6 +77,25 @@ def eval_geometry(batch_size: int, patch_px: int, crop_px: int) -> Geometry:
     _check_crop(patch_px, crop_px)
     line = ((patch_px - crop_px) // 2 + torch.arange(crop_px)).expand(batch_size, -1)
     return Geometry(line, line, torch.zeros(batch_size, dtype=torch.float64))
+
+
+def train_example(batch: Batch, data: DataConfig, prior: PriorKind, seed: int, device: torch.device | str) -> Example:
+    """What training sees of a batch: `prepare` with the crop, flip and rotation that the run draws for each sample.
+
+    Args:
+        batch: From a train loader; on the host.
+        data: Bands, crop and augmentation.
+        prior: See `prepare`.
+        seed: Of the run.
+        device: Where the work is done and the result lives.
+
+    Raises:
+        ConfigError: the crop is larger than the patches.
+    """
+    draws = Draws(seed, batch.epochs.numpy(), batch.sample_ids.numpy())
+    patch_px = batch.labels.shape[-1]
+    geometry = train_geometry(draws, patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
+    return prepare(batch, geometry, data.s1_bands, data.s2_bands, prior, device)
 
 
 def prepare(

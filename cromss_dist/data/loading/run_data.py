@@ -10,6 +10,7 @@ import numpy as np
 
 from cromss_dist.config import BatchPlan, DataConfig
 from cromss_dist.data.loading.draws import split
+from cromss_dist.data.loading.loader import EvalLoader, TrainLoader
 from cromss_dist.data.loading.plan import EvalPlan, Source, TrainPlan
 from cromss_dist.data.loading.selection import Selection, select
 from cromss_dist.data.store.collection import Collection
@@ -121,6 +122,32 @@ class RunData:
             micro_batch=batches.micro_batch,
             rank=rank,
             world_size=batches.world_size,
+        )
+
+    def train_loader(self, batches: BatchPlan, rank: int = 0, samples: int = 0, pin_memory: bool = False) -> TrainLoader:
+        """What reads a rank's `train_plan`, as `data.reading` says, from behind `samples` samples on. Raises as `TrainLoader`."""
+        reading = self.config.reading
+        return TrainLoader(
+            plan=self.train_plan(batches, rank).starting_at(samples),
+            threads=reading.threads,
+            workers=reading.workers,
+            prefetch=reading.prefetch_batches,
+            lookahead=reading.lookahead_batches,
+            timeout_s=reading.timeout_s,
+            on_corrupt=reading.on_corrupt,
+            pin_memory=pin_memory,
+        )
+
+    def eval_loader(self, batches: BatchPlan, rank: int = 0, pin_memory: bool = False) -> EvalLoader:
+        """What reads a rank's `eval_plan`, on threads of this process. Raises as `EvalLoader` does."""
+        reading = self.config.reading
+        return EvalLoader(
+            plan=self.eval_plan(batches, rank),
+            threads=reading.threads,
+            prefetch=reading.prefetch_batches,
+            lookahead=reading.lookahead_batches,
+            timeout_s=reading.timeout_s,
+            pin_memory=pin_memory,
         )
 
 

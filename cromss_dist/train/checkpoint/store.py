@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -31,29 +31,33 @@ from cromss_dist.train.checkpoint.shelf import Shelf
 from cromss_dist.world import World
 
 
+class Committed(NamedTuple):
+    """A checkpoint that is on disk."""
+
+    step: int
+    folder: Path
+    seconds: float  # from `save` to the commit
+
+
 class Checkpoints:
     """The checkpoints in a folder, as a context: what is being saved is finished when the block ends.
 
-    All methods are collective calls, properties and attributes are not; the attributes are the same on all ranks.
+    All methods are collective calls, properties and attributes are not; the attribute and the news are the same on
+    all ranks.
 
     Args:
         folder: Of all checkpoints of a run; made where it is not there. All ranks must see it.
         world: This process among the others.
         keep: Verified checkpoints that are kept, the newest ones; at least 1.
-        on_failure: What a saving that fails does: 'continue' adds it to `failures`, 'stop' raises StorageError.
+        on_failure: What a saving that fails does: 'continue' adds it to the news, 'stop' raises StorageError.
 
     Attributes:
         last_committed: Step of the newest checkpoint that was saved or used by this object; None: there is none.
-        last_seconds: Seconds from `save` to the commit of the last one that was saved.
-        failures: Reasons of the savings that failed, oldest first.
-        events: What else a user should know, oldest first: which checkpoint did not verify and lies where now.
     """
 
     def __init__(self, folder: Path, world: World, keep: int, on_failure: Literal["continue", "stop"]) -> None:
         self.last_committed: int | None = None
-        self.last_seconds = 0.0
-        self.failures: list[str] = []
-        self.events: list[str] = []
+        self._news: list[Committed | str] = []
         self._world, self._keep, self._on_failure = world, keep, on_failure
         self._shelf = Shelf(folder)
         self._trusted: set[int] = set()  # steps that this object has written or verified
@@ -87,6 +91,11 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
         return self._shelf.path(step)
+
+    def take_news(self) -> list[Committed | str]:
+        """What happened since the last call, oldest first: what was saved, and, in words, what was not, or does not verify."""
+        news, self._news = self._news, []
+        return news
 
     @property
     def ended(self) -> bool:
@@ -137,10 +146,11 @@ class Checkpoints:
         if outcome["failure"]:
             self._fail(step, outcome["failure"])
             return
-        self.last_committed, self.last_seconds = step, outcome["seconds"]
+        self.last_committed = step
         self._trusted.add(step)
+        self._news.append(Committed(step, self.path(step), outcome["seconds"]))
         if outcome["note"]:
-            self.events.append(outcome["note"])
+            self._news.append(outcome["note"])
 
     def newest(self) -> Saved | None:
         """The newest checkpoint that verifies, the same on all ranks; those that do not are set aside with their reason.
@@ -195,7 +205,7 @@ class Checkpoints:
 
     def _tell_aside(self, step: int, reason: str) -> None:
         aside = self._on_main(lambda: str(self._shelf.set_aside(step, reason)))
-        self.events.append(f"{self._shelf.path(step)} does not verify: {reason}. It lies in {aside} now.")
+        self._news.append(f"{self._shelf.path(step)} does not verify: {reason}. It lies in {aside} now.")
 
     def _committing(self, staging: Path, step: int, state: Json) -> Callable[[Vote, Event], str]:
         """What rank 0's thread does when its share is written; returns what a user should know."""
@@ -216,7 +226,7 @@ class Checkpoints:
         return commit
 
     def _fail(self, step: int, reason: str) -> None:
-        self.failures.append(f"the checkpoint of step {step} was not saved: {reason}")
+        self._news.append(f"the checkpoint of step {step} was not saved: {reason}")
         if self._on_failure == "stop":
             raise StorageError(
                 f"The checkpoint of step {step} was not saved: {reason}. Older ones in {self._shelf.folder} are untouched. Make "

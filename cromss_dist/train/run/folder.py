@@ -4,7 +4,6 @@ Layer 3.
 """
 
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from cromss_dist.config import RunConfig
 from cromss_dist.data.staging import write_atomically
 from cromss_dist.errors import CheckpointError, ConfigError, OutputExistsError
 from cromss_dist.parse import CONFIG_FILE, to_yaml, write_yaml
-from cromss_dist.train.safety.failure import set_aside_errors
+from cromss_dist.train.safety.failure import set_aside, set_aside_errors
 from cromss_dist.train.safety.stop import forget_stop
 
 SUMMARY_FILE = "summary.json"
@@ -113,8 +112,4 @@ def working_in(run_dir: Path, command: str, fresh: bool = False) -> Iterator[Non
 def _start_over(run_dir: Path) -> None:
     """Leaves nothing but the config: no checkpoint to go on from, no figures to go on with."""
     stay = re.compile(rf"{CONFIG_FILE}|{_LOCK_FILE}|before-[0-9]+")
-    left = [path for path in sorted(run_dir.iterdir()) if not stay.fullmatch(path.name)]
-    aside = next(place for number in itertools.count(1) if not (place := run_dir / f"before-{number}").exists())
-    aside.mkdir()
-    for path in left:
-        path.rename(aside / path.name)
+    set_aside([path for path in sorted(run_dir.iterdir()) if not stay.fullmatch(path.name)], run_dir / "before")

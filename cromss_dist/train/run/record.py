@@ -4,13 +4,14 @@ Layer 3. Only rank 0 has a Record. Events are JSON lines, so that a launcher in 
 over a shared folder) can follow the run without talking to it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from cromss_dist.tracking.runs import RunTracker
+from cromss_dist.train.checkpoint.store import Committed
 from cromss_dist.train.run.events import EVENTS_FILE, append_event, read_events
 
 
@@ -61,9 +62,13 @@ class Record:
         self.tracker.log_figure(figure, path)
         self.event("picture", path=str(place))
 
-    def checkpoint(self, step: int, folder: str, seconds: float) -> None:
-        """The checkpoint of a step was committed, `seconds` after saving began."""
-        self.event("checkpoint", step=step, folder=folder, seconds=seconds)
+    def savings(self, news: Iterable[Committed | str]) -> None:
+        """What became of checkpoints."""
+        for told in news:
+            if isinstance(told, Committed):
+                self.event("checkpoint", step=told.step, folder=str(told.folder), seconds=told.seconds)
+            else:
+                self.event("stage", text=told)
 
     def bad_step(self, step: int, reason: str, bundle: str | None) -> None:
         """A step whose loss or gradient is not finite was skipped; `bundle` is the folder for a replay, if one was kept."""

@@ -21,7 +21,9 @@ from cromss_dist.config import BatchPlan, RunConfig
 from cromss_dist.data.loading.run_data import RunData
 from cromss_dist.errors import CheckpointError, StorageError
 from cromss_dist.parse import to_yaml
-from cromss_dist.world import World
+from cromss_dist.train.preflight import Preflight
+from cromss_dist.train.step.engine import Engine, StepResult
+from cromss_dist.world import World, device_name
 
 FOLDER = "replay"
 CONFIG_FILE = "config.yaml"
@@ -73,6 +75,59 @@ class Bundle:
 def has_room(run_dir: Path, limit: int, world: World) -> bool:
     """Whether the run has fewer than `limit` bundles yet; a collective call, for weights are gathered where it has."""
     return bool(world.broadcast_json(world.is_main and len(list((run_dir / FOLDER).glob("step-*"))) < limit))
+
+
+class Bundles:
+    """Keeps bundles of a run's bad steps while there is room for them.
+
+    Args:
+        run_dir: Folder of the run.
+        preflight: Config, data, batch arithmetic.
+        world: This process among the others.
+        engine: The networks.
+    """
+
+    def __init__(self, run_dir: Path, preflight: Preflight, world: World, engine: Engine) -> None:
+        self._run_dir, self._preflight, self._world, self._engine = run_dir, preflight, world, engine
+
+    def keep(self, reason: str, step: int, progress_epochs: float, loss: float, result: StepResult) -> Path | None:
+        """Writes the bundle of a step that was just taken or left out; a collective call.
+
+        Args:
+            reason: From `Guard.settle`.
+            step: Its number.
+            progress_epochs: Before it.
+            loss: Of the step, mean over the ranks.
+            result: Of the step.
+
+        Returns:
+            Its folder on rank 0; None elsewhere, and where there is no room.
+
+        Raises:
+            StorageError: on rank 0, it cannot be written.
+        """
+        preflight, world = self._preflight, self._world
+        if not has_room(self._run_dir, preflight.config.faults.bundles, world):
+            return None
+        weights = self._engine.state_dict()
+        if not world.is_main:
+            return None
+        samples_seen = (step - 1) * preflight.plan.global_batch
+        bundle = Bundle(
+            reason=reason,
+            step=step,
+            samples_seen=samples_seen,
+            progress_epochs=progress_epochs,
+            loss=loss,
+            grad_norm=result.grad_norm,
+            weights_of="after" if result.applied else "before",
+            precision=self._engine.precision,
+            device=device_name(world.device),
+            plan=preflight.plan,
+            datasets=tuple(source.dataset.digest for source in preflight.data.train),
+            samples=Samples.of(preflight.data, preflight.plan, samples_seen),
+        )
+        return write_bundle(self._run_dir, bundle, preflight.config, weights)
 
 
 def write_bundle(run_dir: Path, bundle: Bundle, config: RunConfig, weights: Mapping[str, Tensor]) -> Path:

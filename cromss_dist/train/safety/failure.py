@@ -5,6 +5,7 @@ Layer 3.
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from cromss_dist import errors
@@ -46,9 +47,14 @@ def set_aside_errors(run_dir: Path) -> Path | None:
     left = [path for name in names for path in sorted(run_dir.glob(name))]
     if not left:
         return None
-    folder = next(place for number in itertools.count(1) if not (place := run_dir / f"failure-{number}").exists())
+    return set_aside(left, run_dir / "failure")
+
+
+def set_aside(paths: Iterable[Path], place: Path) -> Path:
+    """Moves files and folders into the first `<place>-<n>` that is not there yet, counted from 1; returns that folder."""
+    folder = next(new for n in itertools.count(1) if not (new := place.with_name(f"{place.name}-{n}")).exists())
     folder.mkdir()
-    for path in left:
+    for path in paths:
         path.rename(folder / path.name)
     return folder
 

@@ -48,6 +48,11 @@ def resolve_precision(engine: EngineConfig, device: torch.device) -> Precision:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Inside, or of a function that it decorates, the networks compute in an arithmetic."""
+    return torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32")
+
+
 def resolve_memory_format(engine: EngineConfig, device: torch.device) -> torch.memory_format:
     """That of images, and so of all activations; says what 'auto' means on a device.
 
@@ -83,10 +88,10 @@ class _Autocast(nn.Module):
 
     def __init__(self, model: nn.Module, device: torch.device, precision: Precision) -> None:
         super().__init__()
-        self.model, self._device_type, self._precision = model, device.type, precision
+        self.model, self._device, self._precision = model, device, precision
 
     def forward(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self._device_type, _DTYPES[self._precision], enabled=self._precision != "fp32"):
+        with autocast(self._precision, self._device):
             logits: tuple[Tensor, Tensor] = self.model(s1, s2)
             return logits
 
@@ -259,8 +264,7 @@ class Engine:
         """Has activations computed again instead of kept if they would not fit on any of the ranks."""
         with self.frozen_statistics():
             wanted = saved_bytes(self._engine, s1, s2)
-        too_many = torch.tensor([float(wanted > FREE_SHARE * free_bytes(self._world.device))], device=self._world.device)
-        if self._world.reduce_sum(too_many).item() > 0:
+        if self._world.any(wanted > FREE_SHARE * free_bytes(self._world.device)):
             recompute_activations(self._model)
 
 

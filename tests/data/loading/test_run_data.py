@@ -28,6 +28,17 @@ def test_every_location_is_trained_on_or_held_out(synthetic_shards: Path) -> Non
     assert (data.num_train, len(data.validation.ids)) == (9, 3)
 
 
+def test_a_loader_reads_what_its_rank_is_planned_to_read(synthetic_shards: Path) -> None:
+    data = RunData.open(config_of(synthetic_shards, reading=ReadingConfig(threads=1)), seed=0)
+    requests = data.train_plan(BATCHES, rank=1).starting_at(8).requests()
+    with data.train_loader(BATCHES, rank=1, samples=8) as loader:
+        assert [next(loader).sample_ids.tolist() for _ in range(9)] == [next(requests).sample_ids.tolist() for _ in range(9)]
+    with data.eval_loader(BATCHES, rank=1) as scored:
+        pairs = [pair for batch in scored for pair in zip(batch.sample_ids.tolist(), batch.seasons.tolist(), strict=True)]
+    requests = data.eval_plan(BATCHES, rank=1).requests()
+    assert pairs == [pair for r in requests for pair in zip(r.sample_ids.tolist(), r.seasons.tolist(), strict=True)]
+
+
 def test_another_seed_holds_out_others(synthetic_shards: Path) -> None:
     first, second = (RunData.open(config_of(synthetic_shards), seed).validation.ids for seed in (0, 7))
     assert not np.array_equal(first, second)

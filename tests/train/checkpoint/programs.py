@@ -75,13 +75,15 @@ def fill_the_disk(world: World, folder: Path, on_failure: Any, room_bytes: int) 
     """Saves step 1, 2 where rank 1 has room for files of a few bytes, and 3; tells what each rank knows."""
     with pytest.MonkeyPatch.context() as patch, Checkpoints(folder / "saved", world, 2, on_failure) as checkpoints:
         patch.setattr(writer, "GRACE_S", 0.2)
+        failures = []
         for step in (1, 2, 3):
             room = room_bytes if (world.rank, step) == (1, 2) else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
             checkpoints.save(step, {"step": step}, share(step, world.rank))
             checkpoints.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            tell(world, folder, [checkpoints.failures, checkpoints.last_committed, os.listdir(folder / "saved")])
+            failures += [told for told in checkpoints.take_news() if isinstance(told, str)]
+            tell(world, folder, [failures, checkpoints.last_committed, os.listdir(folder / "saved")])
 
 
 def find(world: World, folder: Path) -> None:
@@ -90,7 +92,7 @@ def find(world: World, folder: Path) -> None:
         saved = checkpoints.newest()
         assert saved
         values = {name: sorted(set(tensor.flatten().tolist())) for name, tensor in saved.tensors.items()}
-        tell(world, folder, [saved.step, saved.state, values, checkpoints.events])
+        tell(world, folder, [saved.step, saved.state, values, checkpoints.take_news()])
 
 
 def see_other_folders(world: World, folder: Path) -> None:

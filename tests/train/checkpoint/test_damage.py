@@ -104,11 +104,11 @@ def test_a_damaged_checkpoint_is_set_aside_with_its_reason_and_the_one_before_is
     damage(saved / NEW)
     with Checkpoints(saved, ALONE, 2, "stop") as checkpoints:
         assert_whole(checkpoints.newest(), 1)
-        assert len(checkpoints.events) == 1
-        assert reason in checkpoints.events[0]
+        (told,) = checkpoints.take_news()
+        assert reason in told
         assert checkpoints.last_committed == 1
         assert_whole(checkpoints.newest(), 1)  # and is not found again
-        assert len(checkpoints.events) == 1
+        assert not checkpoints.take_news()
     (note,) = (saved / "quarantine").glob("*.txt")
     assert reason in note.read_text()
     assert os.path.lexists(note.with_suffix(""))  # kept
@@ -147,8 +147,8 @@ def test_all_ranks_fall_back_to_the_same_one_at_any_world_size(saved: Path, worl
     assert run_ranks(find, world_size, saved.parent) == [0] * world_size
     first, *others = told(saved.parent, world_size)
     assert all(other == first for other in others)
-    step, state, values, events = first
-    assert (step, state, len(events)) == (1, {"step": 1}, 1)
+    step, state, values, news = first
+    assert (step, state, len(news)) == (1, {"step": 1}, 1)
     assert values == {name: [1] for name in ("weights/0", "weights/1", "buffers/num_0", "buffers/num_1")}
 
 

@@ -140,7 +140,12 @@ def test_an_old_one_that_cannot_be_removed_is_told_and_the_new_one_is_saved(
     with Checkpoints(tmp_path, ALONE, 1, "stop") as checkpoints:
         checkpoints.save(1, {"step": 1}, share(1, 0))
         checkpoints.wait()
-        assert checkpoints.events == ["an older checkpoint could not be removed: Permission denied (old)"]
+        saved, note = checkpoints.take_news()
+        assert (saved[:2], note) == (
+            (1, tmp_path / "step-0000001"),
+            "an older checkpoint could not be removed: Permission denied (old)",
+        )
+        assert not checkpoints.take_news()
     assert_whole(newest(tmp_path), 1, 1)
 
 
@@ -158,9 +163,9 @@ def test_a_disk_that_is_full_at_any_place_fails_one_saving_and_leaves_nothing(
             patch.setattr(*{"mkdir": (Path, "mkdir"), "fsync": (os, "fsync"), "rename": (Path, "rename")}[place], full)
             checkpoints.save(2, {"step": 2}, share(2, 0))
             checkpoints.wait()
-        assert len(checkpoints.failures) == 1
-        assert "step 2 was not saved: " in checkpoints.failures[0]
-        assert "No space left on device" in checkpoints.failures[0]
+        _, failure = checkpoints.take_news()  # after step 1
+        assert "step 2 was not saved: " in failure
+        assert "No space left on device" in failure
         assert os.listdir(tmp_path) == ["step-0000001"]
         checkpoints.save(3, {"step": 3}, share(3, 0))
         checkpoints.wait()

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from cromss_dist.tracking.runs import RunTracker
+from cromss_dist.train.checkpoint.store import Committed
 from cromss_dist.train.run.events import EVENTS_FILE, read_events
 from cromss_dist.train.run.record import Record
 
@@ -40,7 +41,7 @@ def test_each_event_is_a_line_with_its_values(tmp_path: Path) -> None:
     record.resumed(step=20, samples=200, folder="step-0000020", differences=("4 ranks, not 2",))
     record.bad_step(step=21, reason="loss is nan", bundle="replay/step-0000021")
     record.spike(step=22, reason="spike", skipped=False, bundle=None)
-    record.checkpoint(step=30, folder="step-0000030", seconds=1.5)
+    record.savings([Committed(30, Path("step-0000030"), 1.5), "the checkpoint of step 33 was not saved"])
     record.stopping(step=31, reason="SIGTERM")
     record.close()
     assert events_of(tmp_path) == [
@@ -48,6 +49,7 @@ def test_each_event_is_a_line_with_its_values(tmp_path: Path) -> None:
         {"event": "bad_step", "step": 21, "reason": "loss is nan", "bundle": "replay/step-0000021"},
         {"event": "spike", "step": 22, "reason": "spike", "skipped": False, "bundle": None},
         {"event": "checkpoint", "step": 30, "folder": "step-0000030", "seconds": 1.5},
+        {"event": "stage", "text": "the checkpoint of step 33 was not saved"},
         {"event": "stopping", "step": 31, "reason": "SIGTERM"},
     ]
 
