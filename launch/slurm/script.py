@@ -78,7 +78,7 @@ def job_script(
     least, most = nodes_of(cluster, launch)
     gres = ":".join(["gpu", *([slurm.gpu_type] if slurm.gpu_type else []), str(cluster.gpus_per_node)])
     options = {
-        "job-name": name,
+        "job-name": re.sub(r"[^A-Za-z0-9._-]+", "-", name),
         "dependency": "singleton",  # the run's folder is for one job at a time
         # No number of tasks: Slurm would give no more nodes than the least of them need.
         "nodes": f"{least}-{most}" if least < most else str(most),

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 
 from tests.cluster import hosts
@@ -21,6 +22,7 @@ CONF = """
 ClusterName=cromss{subnet}
 SlurmctldHost={machine}({gateway})
 SlurmctldPort={port}
+FirstJobId={subnet}001
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -72,6 +74,7 @@ class SlurmLab:
 
     def __enter__(self) -> "SlurmLab":
         with ExitStack() as stack:
+            stack.callback(self._reap)  # after the hosts have ended them
             stack.enter_context(self.hosts)
             self.folder = self.hosts.folder / "slurm"
             self.folder.mkdir(mode=0o755)
@@ -96,7 +99,6 @@ class SlurmLab:
             self._start(stack, "slurmctld", "-D", "-f", str(self.conf))
             for host in self.hosts:
                 self._boot(host)
-            stack.callback(self._slurmd.clear)
             wait_for(lambda: self.nodes() == {host.name: "idle" for host in self.hosts}, 60, "idle nodes")
             self._stack = stack.pop_all()
         return self
@@ -117,13 +119,17 @@ class SlurmLab:
     def nodes(self) -> dict[str, str]:
         """State of each node: `idle`, `mixed`, `down*`."""
         with suppress(subprocess.CalledProcessError):  # the controller is still starting
-            return dict(line.split() for line in self.run("sinfo", "-h", "-N", "-o", "%N %T").splitlines())  # type: ignore[misc]
+            return dict(line.split() for line in self.run("sinfo", "-h", "-N", "-o", "%N %T").splitlines())
         return {}
 
     def job(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return {key: value for key, _, value in (word.partition("=") for word in words)}
+
+    def scratch_folders(self) -> set[Path]:
+        """Those of its jobs, whose ids no other lab has."""
+        return set(Path("/tmp").glob(f"cromss-{self.hosts.subnet}[0-9][0-9][0-9]-*"))
 
     def power_off(self, host: Host) -> None:
         """Ends a node at once."""
@@ -134,6 +140,11 @@ class SlurmLab:
         """Boots it again."""
         host.power_on()
         self._boot(host)
+
+    def _reap(self) -> None:
+        for process in self._slurmd.values():
+            process.wait(timeout=30)
+        self._slurmd.clear()
 
     def _boot(self, host: Host) -> None:
         log = (self.folder / f"slurmd-{host.name}.out").open("ab")

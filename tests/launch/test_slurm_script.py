@@ -62,6 +62,11 @@ def test_every_setting_of_the_cluster_is_asked_of_sbatch() -> None:
     }
 
 
+def test_a_job_has_a_name_of_one_word_whatever_its_folder_is_called() -> None:
+    script = job_script(FULL, LaunchConfig(), "a b; touch x", Path("/a/slurm-1"), Path("/a/code"))
+    assert options_of(script)["job-name"] == "a-b-touch-x"
+
+
 def test_what_is_not_set_is_left_to_the_cluster() -> None:
     options = options_of(script_of(ClusterConfig(kind="slurm", nodes=3, slurm=SlurmConfig(requeue=False))))
     assert options.keys() == {
