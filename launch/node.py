@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from cromss_dist.errors import ClusterError, ConfigError, main_guard
+from launch.probe import check_closed
 
 DESCRIPTION = """Starts one machine of a Ray cluster and keeps it until SIGTERM, Ctrl-C, the end of the process that started
 it (unless by nohup), or of the cluster. Every machine needs the same token file, readable by its user alone; --head makes
@@ -82,7 +83,8 @@ def serve(options: argparse.Namespace, temp_dir: Path, asked_to_stop: Callable[[
 
     Raises:
         ConfigError: the token file is not there, or open to others.
-        ClusterError: Ray does not start, or ended by itself; the message has its last words.
+        ClusterError: the cluster to join lets anyone in; a port is taken; Ray does not start, or ended by itself, and the message
+            has its last words.
     """
     if options.head:
         make_token(options.token_file)
@@ -96,6 +98,8 @@ def serve(options: argparse.Namespace, temp_dir: Path, asked_to_stop: Callable[[
     head = None if options.head else find_head(options, asked_to_stop)
     if asked_to_stop():
         return
+    if head:
+        check_closed(head)
     current = temp_dir / "ray_current_cluster"  # Ray writes HOST:PORT here when the node is up
     current.unlink(missing_ok=True)
     log = temp_dir / "node.log"
@@ -266,11 +270,12 @@ def private_folder(path: Path | None) -> Iterator[Path]:
 
 
 def end_all_children() -> None:
-    """Ends every process below this one: with a request first, then without."""
+    """Ends every process below this one: with a request first, unless they are held off from it as we are, then without."""
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process().children():
             child.terminate()
-    deadline = time.monotonic() + GRACE_S
+    held = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # launch.slurm.node does
+    deadline = time.monotonic() + (0 if held else GRACE_S)
     while left := psutil.Process().children(recursive=True):
         for process in left:
             with suppress(psutil.NoSuchProcess):

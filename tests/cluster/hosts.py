@@ -55,6 +55,7 @@ class Host:
         self.name, self.address, self.link = name, address, link
         self._names = names  # /etc/hosts
         self._machine: subprocess.Popen[str] | None = None
+        self._started: list[Process] = []
 
     def power_on(self) -> None:
         """Boots; nothing runs on it yet."""
@@ -75,6 +76,12 @@ class Host:
             os.kill(pid, signal.SIGKILL)
         self._machine.communicate(timeout=30)
         self._machine = None
+        for process in self._started:  # all ended; so that none waits for us as a zombie
+            process.wait(30)
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+        self._started.clear()
 
     def cut(self) -> None:
         """Takes its link down: nothing comes or goes, and nobody is told."""
@@ -86,7 +93,8 @@ class Host:
 
     def popen(self, *command: str, **options: Any) -> Process:
         """Starts a command; options are those of `subprocess.Popen`."""
-        return Process([*self._entering(), *command], **({"text": True} | options))
+        self._started.append(Process([*self._entering(), *command], **({"text": True} | options)))
+        return self._started[-1]
 
     def run(self, *command: str, timeout_s: float = 60, **options: Any) -> "subprocess.CompletedProcess[str]":
         """Runs a command; options are those of `subprocess.run`."""
