@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from cromss_dist.cluster import CLUSTER_FILE, ClusterConfig
 from cromss_dist.config import RunConfig, TrainConfig
 from cromss_dist.errors import ConfigError
 from cromss_dist.parse import CONFIG_FILE, ParsedRun, parse_run, write_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -53,3 +56,37 @@ def test_the_folder_to_go_on_in_is_absolute(run_dir: Path, monkeypatch: pytest.M
 def test_a_wrong_flag_says_what_is_allowed(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_run(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cluster.nod", "2"], r"Unknown config key 'cluster.nod'; did you mean cluster.nodes"),
+        (["--cluster.slurm.memry", "2G"], r"Unknown config key 'cluster.slurm.memry'; did you mean cluster.slurm.memory"),
+        (["--cluster", "{kind: slurm, noodes: 2}"], r"Unknown config key 'cluster.noodes'; did you mean cluster.nodes"),
+        (["--cluster", "nowhere.yaml"], r"--cluster=nowhere.yaml: that file is not there"),
+        (["--cluster", str(ROOT / "README.md")], r"README.md: that file is not the YAML of a cluster"),
+        (["--cluster", str(ROOT / "configs/pretrain/demo.yaml")], r"is one of a run; give its file as --config"),
+        (["--config", str(ROOT / "configs/cluster/slurm.yaml")], r"is one of a cluster; give its file as --cluster"),
+    ],
+)
+def test_a_wrong_cluster_says_what_is_allowed(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_run(arguments, clusters=True)
+
+
+def test_a_run_goes_on_where_it_was_and_elsewhere_if_told(run_dir: Path) -> None:
+    write_yaml(ClusterConfig(kind="slurm", nodes=4), run_dir / CLUSTER_FILE)
+    assert parse_run([f"--resume={run_dir}"], clusters=True).cluster == ClusterConfig(kind="slurm", nodes=4)
+    fewer = parse_run([f"--resume={run_dir}", "--cluster.nodes=2"], clusters=True)
+    assert fewer.cluster == ClusterConfig(kind="slurm", nodes=2)
+
+
+def test_a_run_that_only_the_cluster_sees_goes_on_with_the_config_that_is_given() -> None:
+    elsewhere = ["--resume=/nowhere/mine", f"--cluster={ROOT / 'configs/cluster/kuberay.yaml'}"]
+    with pytest.raises(ConfigError, match="is not seen from this machine, so that its config has to be given"):
+        parse_run(elsewhere, clusters=True)
+    parsed = parse_run([*elsewhere, f"--config={ROOT / 'configs/pretrain/demo.yaml'}", "--fresh"], clusters=True)
+    assert (parsed.resume, parsed.fresh, parsed.config.name) == (Path("/nowhere/mine"), True, "demo")
+    with pytest.raises(ConfigError, match="is no folder of a run"):
+        parse_run(["--resume=/nowhere/mine", f"--cluster={ROOT / 'configs/cluster/slurm.yaml'}"], clusters=True)

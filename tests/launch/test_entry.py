@@ -1,0 +1,122 @@
+"""The one entry for all clusters: what it shows, refuses and leaves, without a cluster."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cromss_dist.errors import ClusterError, ConfigError
+from cromss_dist.parse import parse_run
+from launch import pretrain
+from launch.probe import check_closed
+from tests.launch.conftest import ROOT
+
+KINDS = {
+    "here": [],
+    "ray": ["--cluster.kind=ray", "--cluster.ray.address=127.0.0.1:9"],
+    "job": ["--cluster.kind=ray", "--cluster.ray.address=http://127.0.0.1:9"],
+    "slurm": ["--cluster.kind=slurm"],
+}
+SHOWN = {"job": "python -m launch.job", "slurm": "#SBATCH --nodes="}
+
+
+class Entry:
+    """launch/pretrain.py in this process."""
+
+    def __init__(self, output: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.output, self.shards, self.patch = output, shards, monkeypatch
+
+    def __call__(self, kind: str, *more: str) -> int:
+        shape = ["--data.crop_px=32", "--engine.global_batch=4", "--engine.device=cpu"]
+        arguments = [f"--output={self.output}", f"--data.shards={self.shards}", *shape, *KINDS[kind], *more]
+        self.patch.setattr(sys, "argv", ["launch/pretrain.py", *arguments])
+        return pretrain.main()
+
+
+@pytest.fixture
+def entry(tmp_path: Path, synthetic_shards: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
+    return Entry(tmp_path / "runs", synthetic_shards, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dry_run_shows_the_run_and_the_job_and_leaves_nothing(
+    entry: Entry, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert entry(kind, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "batch               4 = micro batch 4 x accumulation 1 x world 1" in out
+    assert "steps per epoch" in out
+    assert SHOWN.get(kind, "") in out
+    assert not entry.output.exists()
+
+
+def test_a_dry_run_for_kubernetes_is_a_manifest(entry: Entry, capsys: pytest.CaptureFixture[str]) -> None:
+    entry.output, entry.shards = Path("/data/runs"), Path("/data/shards")  # that the pods alone see
+    assert entry("slurm", "--cluster={kind: kuberay, kuberay: {volumes: {mine: /data}}}", "--dry-run") == 0
+    kinds = [item["kind"] for item in yaml.safe_load_all(capsys.readouterr().out)]
+    assert kinds == ["ConfigMap", "NetworkPolicy", "RayJob"]
+
+
+@pytest.mark.parametrize("kind", ["job", "slurm"])
+def test_data_that_only_the_cluster_sees_is_looked_at_there(entry: Entry, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    entry.shards = Path("/nowhere")
+    assert entry(kind, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "/nowhere: not seen from this machine" in out
+    assert "batch               4 = " in out
+
+
+def test_a_batch_that_no_crew_divides_is_refused_before_a_job_is_sent(entry: Entry) -> None:
+    with pytest.raises(ConfigError, match=r"global_batch=4 does not divide"):
+        entry("slurm", "--cluster.nodes=3")
+    assert not entry.output.exists()
+
+
+def test_flags_that_a_kind_does_not_have_are_refused(entry: Entry) -> None:
+    for kind in ("here", "ray"):
+        with pytest.raises(ConfigError, match="--detach is allowed only with jobs"):
+            entry(kind, "--detach")
+    with pytest.raises(ConfigError, match=r"launch.ray=false .* not on cluster.kind=slurm"):
+        entry("slurm", "--launch.ray=false")
+
+
+def test_an_open_cluster_is_not_joined(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.probe._lets_in_by_grpc", lambda address: True)
+    with pytest.raises(ClusterError, match="asks for no token"):
+        entry("ray")
+    with pytest.raises(ClusterError, match="asks for no token"):
+        check_closed("10.0.0.1:6379")
+    assert not entry.output.exists()
+
+
+def test_a_job_that_slurm_refuses_leaves_no_run_folder(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(script: Path) -> str:
+        assert {path.name for path in script.parents[1].iterdir()} >= {"config.yaml", "cluster.yaml", "code", "slurm-1"}
+        raise ClusterError("no such partition")
+
+    monkeypatch.setattr("launch.slurm.submit.submit", refuse)
+    with pytest.raises(ClusterError, match="no such partition"):
+        entry("slurm")
+    assert not list(entry.output.iterdir())
+
+
+def test_a_queued_job_runs_the_code_and_config_in_the_run_folder(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    monkeypatch.setattr("launch.slurm.submit.submit", lambda script: sent.append(script) or "7")
+    assert entry("slurm", "--detach") == 0
+    run_dir = sent[0].parents[1]
+    assert f"PYTHONPATH={run_dir}/code" in sent[0].read_text()
+    assert (run_dir / "code" / "launch" / "job.py").read_bytes() == (ROOT / "launch" / "job.py").read_bytes()
+    resumed = parse_run([f"--resume={run_dir}"], clusters=True)
+    assert (resumed.cluster.kind, resumed.config.output) == ("slurm", str(entry.output))
+
+
+def test_the_command_that_goes_on_says_all_that_a_machine_without_the_folder_needs(
+    entry: Entry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = [*KINDS["job"], "--resume", "/runs/mine", "--config", str(ROOT / "configs/pretrain/demo.yaml"), "--fresh"]
+    monkeypatch.setattr(sys, "argv", ["launch/pretrain.py", *typed])
+    kept = [*KINDS["job"], "--config", str(ROOT / "configs/pretrain/demo.yaml")]
+    assert pretrain.command(parse_run(clusters=True)).split()[1:] == ["launch/pretrain.py", *kept]
+    assert pretrain.command(parse_run([])).split()[1:] == ["launch/pretrain.py"], "the folder says the rest"
