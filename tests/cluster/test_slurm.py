@@ -24,7 +24,7 @@ from tests.launch.conftest import SMALL
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 300.0  # for anything: a loaded machine is slow
+TIMEOUT_S = 480.0  # for anything: a loaded machine is slow
 
 
 @pytest.fixture
