@@ -178,7 +178,8 @@ def test_a_run_trains_across_both_nodes_is_preempted_goes_on_and_ends(
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *SMALL, "--cluster", str(cluster), "--detach"]
     command += ["--output", str(tmp_path / "runs"), "--data.shards", str(synthetic_shards), "--tracking.register", "false"]
     command += ["--train.epochs", "100", "--train.validate_every_epochs", "1000"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Both nodes have the memory of this machine, whose other users must not have Ray kill ranks.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_memory_monitor_refresh_ms": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr
     (run_dir,) = (tmp_path / "runs").glob("demo-*")
