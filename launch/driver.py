@@ -155,7 +155,7 @@ class _Run:
                 self.logs = _start(stack, self)
             places = wait_for_room(self.demand, self.wait_s, self.run_dir, is_first=self.world == 0)
             if self.world not in (0, len(places)):
-                tell(self.run_dir, f"The run goes on with {len(places)} workers in place of {self.world}.")
+                tell(self.run_dir, f"{len(places)} worker{'s' if len(places) > 1 else ''} in place of {self.world}.")
             self.world = len(places)
             try:
                 with resizing(self.demand, places, self.run_dir):

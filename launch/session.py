@@ -17,6 +17,7 @@ from typing import Any
 from cromss_dist.errors import ClusterError
 
 ROOT = Path(__file__).resolve().parents[1]  # of this code, which the workers run
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @cache
@@ -56,10 +57,11 @@ def cluster(
             os.environ |= {
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": str(token),
-                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off: Ray takes the loopback address as its node's
             }
         else:
             check_joinable(address, allow_insecure)
+        if address is None or address.rpartition(":")[0] in LOOPBACK:
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # off: Ray takes the loopback address as its node's
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         import ray  # Ray reads these when it is imported, so the import comes after
 

@@ -135,7 +135,7 @@ def test_workers_that_die_or_hang_start_again_and_the_run_goes_on(run_attempts: 
         "127.0.0.1 answers no more. Ray says: The actor died. Ray's logs are in /logs. The workers start again; restarts that "
         "are left after this one, unless a checkpoint is saved: 1."
     )
-    assert size == "The run goes on with 2 workers in place of 1."
+    assert size == "2 workers in place of 1."
     assert hung.startswith(f"Rank 1 gave no sign of life. What it left is in {tmp_path / 'failure-1'}. The workers start again;")
     assert hung.endswith("unless a checkpoint is saved: 0.")
     assert (tmp_path / "failure-1" / "error-rank1.json").exists()
