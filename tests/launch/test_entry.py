@@ -102,8 +102,13 @@ def test_a_job_that_slurm_refuses_leaves_no_run_folder(entry: Entry, monkeypatch
 
 
 def test_a_queued_job_runs_the_code_and_config_in_the_run_folder(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = []
-    monkeypatch.setattr("launch.slurm.submit.submit", lambda script: sent.append(script) or "7")
+    sent: list[Path] = []
+
+    def take(script: Path) -> str:
+        sent.append(script)
+        return "7"
+
+    monkeypatch.setattr("launch.slurm.submit.submit", take)
     assert entry("slurm", "--detach") == 0
     run_dir = sent[0].parents[1]
     assert f"PYTHONPATH={run_dir}/code" in sent[0].read_text()

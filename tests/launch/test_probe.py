@@ -37,7 +37,7 @@ def gcs(code: grpc.StatusCode) -> Iterator[str]:
         context.set_code(code)
         return b""
 
-    class Handler(grpc.GenericRpcHandler):
+    class Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
         def service(self, _: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
             return grpc.unary_unary_rpc_method_handler(answer)
 
