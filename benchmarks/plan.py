@@ -93,7 +93,7 @@ def report(options: argparse.Namespace) -> str:
         f"- Profiles: residual {', '.join(f'{100 * one.residual:.0f} %' for one in profiles)}; crowding of two ranks "
         f"{', '.join(f'{one.crowding_of(2):.2f}' for one in profiles)}; step factor "
         f"{', '.join(f'{one.step_factor:.2f}' for one in profiles)}",
-        f"- {options.rounds} steps in {options.repeats} processes each: median (lowest-highest); CPU time of one rank, wall of two",
+        f"- {options.rounds} steps in {options.repeats} processes each: median (lowest-highest); CPU time of one, wall of two",
         "",
         "| encoder | px | batch | ranks | measured, ms | predicted, ms | off | target |",
         "|---|---|---|---|---|---|---|---|",

@@ -172,7 +172,14 @@ class Machine:
     def _check(self) -> None:
         if missing := [kind for kind in KINDS if kind not in self.rates]:
             raise ValueError(f"rates lack {', '.join(missing)}")
-        numbers = [self.step_factor, self.memory_bytes, self.read_bytes_per_s, self.write_bytes_per_s, *self.crowding.values()]
+        numbers = [
+            self.step_factor,
+            self.residual,
+            self.memory_bytes,
+            self.read_bytes_per_s,
+            self.write_bytes_per_s,
+            *self.crowding.values(),
+        ]
         numbers += [number for rate in self.rates.values() for number in dataclasses.astuple(rate)]
         if not all(isinstance(number, int | float) and math.isfinite(number) and number >= 0 for number in numbers):
             raise ValueError("a rate is negative or not finite")

@@ -131,7 +131,7 @@ class Plan:
         size = sample_bytes(samples.patch_px, samples.num_seasons)
         step = step_time(config, batches, networks, machine, layout, recomputing, size)
         # Of a validation sample the passes forward and the loss, without their gradients, which is about a third of both.
-        a_third = step.parts["networks"] + step.parts["loss and prior"]
+        a_third = step.parts["networks"] + step.parts.get("loss and prior", 0.0)
         share = samples.validation / config.engine.global_batch / 3
         spread = replace(
             step.total,

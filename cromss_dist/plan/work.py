@@ -67,7 +67,7 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-class Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, every call of an operator is counted by kind; on a real device it can be timed, too.
 
     Kinds are those of KINDS, with `/backward` for the gradient of a convolution, product or norm.
@@ -77,7 +77,7 @@ class Operators(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Timed] = []
         self._device = device
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -195,6 +195,8 @@ class Networks:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         model.to("meta", dtype)
+        for norm in (module for module in model.modules() if isinstance(module, _BatchNorm)):
+            norm.float()  # as under autocast
         counted = copy.deepcopy(model)
         if many and config.engine.batch_norm == "global":
             globalise_batch_norms(counted, lambda sums: sums, world_size=2)

@@ -31,8 +31,9 @@ def test_a_convolution_is_counted_by_hand() -> None:
 
 @pytest.mark.parametrize(("layer", "kind"), [(nn.Conv2d(4, 4, 1), "pointwise"), (nn.Conv2d(4, 4, 3, groups=4), "grouped")])
 def test_convolutions_are_told_apart(layer: nn.Module, kind: str) -> None:
+    image = torch.rand(1, 4, 8, 8)
     with Operators() as operators:
-        layer(torch.rand(1, 4, 8, 8))
+        layer(image)
     assert set(add_up(operators.calls)) == {kind}
 
 
