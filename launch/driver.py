@@ -121,11 +121,6 @@ def drive(
     return summary
 
 
-def run_on_ray(config: RunConfig, run_dir: Path, *, profile: bool = False) -> RunSummary:
-    """`drive` on this machine."""
-    return drive(config, run_dir, profile=profile)
-
-
 @dataclass
 class _Run:
     """The attempts of a run."""
