@@ -70,6 +70,7 @@ class Cluster:
     def node(self, host: Host, *arguments: str) -> Process:
         """Starts launch.node on a host; what it writes is in `<host>.log`."""
         common = ["--address", host.address, "--token-file", str(self.token), "--cpus", "1"]
+        common += ["--temp-dir", f"/tmp/ray/{host.name}"]  # the host's own, and gone with it
         with (self.folder / f"{host.name}.log").open("a") as log:
             command = [sys.executable, "-m", "launch.node", *common, *arguments]
             self.nodes[host.name] = host.popen(*command, env=self.environment, stdout=log, stderr=log)
@@ -193,5 +194,5 @@ def undisturbed(synthetic_shards: Path, template_store: Path, tmp_path_factory: 
     """The same run by two ranks on this machine, without Ray, that nothing happens to."""
     folder = tmp_path_factory.mktemp("undisturbed")
     content = start_folder(folder / "run", config_of(synthetic_shards, template_store, folder))
-    assert run_ranks(traced_run, 2, folder / "run", content) == [0, 0]
+    assert run_ranks(traced_run, 2, folder / "run", content, timeout_s=600) == [0, 0]
     return trace_of(folder / "run")
