@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,7 +15,6 @@ from cromss_dist.errors import RegistryError
 from cromss_dist.tracking.store import artifact_root, brief, connect, initialise_store, mlflow_errors, tracking_uri
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
@@ -185,10 +184,10 @@ class RunTracker:
         with self._storing(path):
             self._client.log_dict(self.run_id, dict(content), path)
 
-    def log_figure(self, figure: "Figure", path: str) -> None:
-        """Stores a matplotlib figure as the image artifact `path`."""
+    def log_file(self, file: Path, path: str) -> None:
+        """Stores a file as the artifact `path`, whose last part is the file's name."""
         with self._storing(path):
-            self._client.log_figure(self.run_id, figure, path)
+            self._client.log_artifact(self.run_id, os.fspath(file), os.fspath(PurePosixPath(path).parent))
 
     def log_folder(self, folder: Path, path: str) -> None:
         """Stores the files of `folder` as artifacts under `path`."""

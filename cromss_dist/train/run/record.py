@@ -59,7 +59,7 @@ class Record:
         place = self._run_dir / path
         place.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(place)
-        self.tracker.log_figure(figure, path)
+        self.tracker.log_file(place, path)
         self.event("picture", path=str(place))
 
     def savings(self, news: Iterable[Committed | str]) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 
 from cromss_dist.tracking.runs import RunTracker
 from cromss_dist.train.checkpoint.store import Committed
@@ -18,13 +17,13 @@ class Tracker:
 
     def __init__(self) -> None:
         self.metrics: list[tuple[dict[str, float], int]] = []
-        self.figures: list[str] = []
+        self.files: list[tuple[Path, str]] = []
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         self.metrics.append((dict(metrics), step))
 
-    def log_figure(self, figure: Figure, path: str) -> None:
-        self.figures.append(path)
+    def log_file(self, file: Path, path: str) -> None:
+        self.files.append((file, path))
 
 
 def record_in(folder: Path) -> tuple[Record, Tracker]:
@@ -62,7 +61,7 @@ def test_figures_go_to_the_tracker_and_to_the_file(tmp_path: Path) -> None:
     record.close()
     plt.close("all")
     assert tracker.metrics == [({"train/loss/total": 2.0, "train/samples": 50.0}, 5), ({"val/loss/total": 3.0}, 5)]
-    assert tracker.figures == ["panels/step_5.png"]
+    assert tracker.files == [(tmp_path / "panels" / "step_5.png", "panels/step_5.png")]
     progress, validation, picture = events_of(tmp_path)
     assert progress == {"event": "progress", "step": 5, "samples": 50, "metrics": {"train/loss/total": 2.0}}
     assert validation == {"event": "validation", "step": 5, "samples": 50, "metrics": {"val/loss/total": 3.0}}
