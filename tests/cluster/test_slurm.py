@@ -177,7 +177,7 @@ def test_a_run_trains_across_both_nodes_is_preempted_goes_on_and_ends(
     cluster.write_text(to_yaml(ClusterConfig(kind="slurm", nodes=2, wait_s=TIMEOUT_S)))
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *SMALL, "--cluster", str(cluster), "--detach"]
     command += ["--output", str(tmp_path / "runs"), "--data.shards", str(synthetic_shards), "--tracking.register", "false"]
-    command += ["--train.epochs", "100", "--train.validate_every_epochs", "1000"]
+    command += ["--train.epochs", "240", "--train.validate_every_epochs", "1000", "--engine.global_batch", "4"]
     # Both nodes have the memory of this machine, whose other users must not have Ray kill ranks.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_memory_monitor_refresh_ms": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
@@ -193,7 +193,7 @@ def test_a_run_trains_across_both_nodes_is_preempted_goes_on_and_ends(
     slurm.run("scancel", "--signal=USR1", number)
     wait_for(lambda: slurm.job(number)["JobState"] == "COMPLETED", 2 * TIMEOUT_S, "the end of the run")
     assert slurm.job(number)["Restarts"] == "1", output.read_text()
-    assert steps() == list(range(1, 201)), output.read_text()
+    assert steps() == list(range(1, 601)), output.read_text()  # ten locations: 2.5 steps an epoch
     worlds = [event["text"] for event in read_events(run_dir) if event["event"] == "stage" and " x cpu" in event["text"]]
     assert [text.partition(" x ")[0] for text in worlds] == ["2", "2"]
     assert [event["event"] for event in read_events(run_dir)].count("resumed") == 1
