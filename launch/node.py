@@ -100,14 +100,17 @@ def serve(options: argparse.Namespace, temp_dir: Path, asked_to_stop: Callable[[
         return
     if head:
         check_closed(head)
-    current = temp_dir / "ray_current_cluster"  # Ray writes HOST:PORT here when the node is up
+    ray_dir = (
+        temp_dir / "r"
+    )  # Ray lets everyone write to its folder, so that it has one within ours; the name is short for sockets
+    current = ray_dir / "ray_current_cluster"  # Ray writes HOST:PORT here when the node is up
     current.unlink(missing_ok=True)
     log = temp_dir / "node.log"
     # Whoever outlives its parent becomes our child, and the end of this process is the end of Ray's first.
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     with log.open("wb") as output:
         ray = subprocess.Popen(
-            ray_command(options, head, temp_dir),
+            ray_command(options, head, ray_dir),
             env=ray_environment(options.token_file, options.address),
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -32,6 +32,8 @@ sys.exit(main_guard(node.main))
 STAYS = """
 import subprocess, sys, time
 from pathlib import Path
+Path(sys.argv[1]).mkdir(exist_ok=True)
+Path(sys.argv[1]).chmod(0o777)  # as Ray does
 stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
 left = subprocess.Popen([sys.executable, "-c", stubborn], start_new_session=True, stdout=subprocess.PIPE)
 left.stdout.readline()
@@ -73,7 +75,7 @@ HEAD = ("--head", "--address", "127.0.0.1")
 
 
 def pids_left(folder: Path) -> list[int]:
-    return [int(pid) for pid in (folder / "ray" / "pids").read_text().split() if psutil.pid_exists(int(pid))]
+    return [int(pid) for pid in (folder / "ray" / "r" / "pids").read_text().split() if psutil.pid_exists(int(pid))]
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
@@ -102,6 +104,7 @@ def test_a_head_makes_a_token_tells_where_it_is_and_ends_with_all_below_it(
     assert head.wait(60) == 0
     assert not pids_left(folder), "nor who left the session and ignores SIGTERM"
     assert not announced.exists()
+    assert (folder / "ray").stat().st_mode & 0o777 == 0o700
 
 
 def test_ray_ends_with_a_node_that_is_killed(start: Start, folder: Path) -> None:
@@ -124,7 +127,7 @@ def test_a_node_ends_with_the_process_that_started_it_unless_that_was_nohup(fold
     starter = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, text=True, stdout=subprocess.PIPE)
     assert starter.stdout is not None
     started = psutil.Process(int(starter.stdout.readline()))
-    wait_until(lambda: (folder / "ray" / "ray_current_cluster").exists())
+    wait_until(lambda: (folder / "ray" / "r" / "ray_current_cluster").exists())
     starter.kill()
     starter.communicate()
     if by_nohup:
