@@ -101,7 +101,7 @@ def test_a_checkpoint_goes_on_alike_on_any_number_of_ranks_and_at_any_zero_stage
     start_folder(folder, config)
     stopped_after(folder, config, world=2, steps=8)
     losses = {}
-    for world, zero_stage in ((2, 0), (1, 0), (4, 0), (2, 1), (1, 2), (4, 3)):
+    for world, zero_stage in ((2, 0), (2, 1), (1, 2), (4, 3)):
         copy = Path(shutil.copytree(folder, tmp_path / f"{world}-{zero_stage}"))
         content = replace(config, engine=replace(config.engine, zero_stage=zero_stage)).to_dict()
         assert run_ranks(run_until, world, copy, content, 11) == [75] * world

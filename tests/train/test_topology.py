@@ -3,6 +3,7 @@
 The labels are such that no rank sees all classes.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from cromss_dist.schema import IGNORE, NUM_CLASSES, Example
 from cromss_dist.train.step.accumulation import accumulated_step
 from cromss_dist.train.step.engine import Engine
 from cromss_dist.world import World
-from tests.ranks import run_ranks
+from tests.ranks import Ranks
 
 FUSIONS = ("middle", "late")
 GLOBAL_BATCH, CROP = 8, 24
@@ -146,8 +147,9 @@ Records = dict[int, dict[str, Tensor]]
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
     folder = tmp_path_factory.mktemp("topology")
-    for size in (1, 2, 4):
-        assert run_ranks(record, size, folder, timeout_s=400) == [0] * size
+    with ExitStack() as all_sizes:  # at once: a single rank leaves a core idle
+        groups = [all_sizes.enter_context(Ranks(record, size, folder, timeout_s=400)) for size in (1, 2, 4)]
+        assert [group.wait() for group in groups] == [[0], [0] * 2, [0] * 4]
     return {size: load_file(folder / f"{size}.safetensors") for size in (1, 2, 4)}
 
 
