@@ -6,7 +6,7 @@ Layer 5.
 import urllib.error
 import urllib.request
 
-import grpc  # type: ignore[import-untyped]  # ships no types; comes with ray[default]
+import grpc  # comes with ray[default]
 
 from cromss_dist.errors import ClusterError
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc  # type: ignore[import-untyped]  # ships no types
+import grpc
 import ray
 
 from tests.cluster.hosts import Host

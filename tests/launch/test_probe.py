@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 import pytest
 
 from cromss_dist.errors import ClusterError
