@@ -96,9 +96,10 @@ def _dashboards() -> list[tuple[str, int]]:
     """Host and port of what listens where Ray's dashboard does, or is one by its command."""
     found = set()
     for entry in psutil.net_connections("tcp"):
-        if entry.status == psutil.CONN_LISTEN and entry.laddr:
-            if entry.laddr.port == DASHBOARD_PORT or _is_dashboard(entry.pid):
-                found.add((entry.laddr.ip, entry.laddr.port))
+        if entry.status != psutil.CONN_LISTEN or not entry.laddr:
+            continue
+        if entry.laddr.port == DASHBOARD_PORT or _is_dashboard(entry.pid):
+            found.add((entry.laddr.ip, entry.laddr.port))
     return sorted(found)
 
 
