@@ -50,7 +50,7 @@ HOMES = {
     "numcodecs": ("cromss_dist/data/store/cube/layout.py", "cromss_dist/data/archives/zarr_zip.py"),
     "huggingface_hub": ("cromss_dist/data/hub.py",),
     "fsspec": ("cromss_dist/data/store/remote/remote.py",),
-    "aiohttp": ("cromss_dist/data/store/remote/remote.py",),
+    "aiohttp": ("cromss_dist/data/store/remote/remote.py", "launch/submit.py"),
 }
 FOR_TOOLS = ("launch.parallel", "launch.session", "tools.progress")
 SOURCES = sorted(path for folder in ("cromss_dist", "launch", "tools") for path in (ROOT / folder).rglob("*.py"))
