@@ -8,7 +8,18 @@ import pytest
 from cromss_dist.cli import main
 from tests.plan.machines import MACHINE, machine
 
-SMALL = ["--model.encoder", "resnet18", "--data.crop_px", "64", "--engine.global_batch", "64"]
+SMALL = [
+    "--model.encoder",
+    "resnet18",
+    "--model.encoder_depth",
+    "3",
+    "--model.decoder_channels",
+    "[64,32,16]",
+    "--data.crop_px",
+    "64",
+    "--engine.global_batch",
+    "64",
+]
 
 
 @pytest.fixture
