@@ -4,9 +4,13 @@ Layer 1. Apart from `RunConfig`, since it changes no number of a run: it is in n
 `configs/cluster/` state only what differs from the defaults here.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from cromss_dist.config import LaunchConfig
 from cromss_dist.errors import ConfigError
@@ -26,6 +30,19 @@ CLUSTER_FILE = "cluster.yaml"  # in the run's folder
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _DNS_NAME = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?"
 _QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?"
+
+
+def token_path() -> Path:
+    """The file in which Ray looks for the token of a cluster."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address; None where there is none."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return str(name)
+    return None
 
 
 @dataclass(frozen=True)
@@ -98,9 +115,10 @@ class KubeRayConfig:
     Args:
         image: Image with the packages of requirements.lock, as the Dockerfile makes it; by digest is best.
         namespace: Of all that is made.
-        cpu: Cores of each pod, a quantity; null is what its workers need and one more.
-        memory: Of each pod.
-        shm: Size of /dev/shm of each pod.
+        cpu: Cores of each worker pod, a quantity; null is what its workers need and one more. The head's, which trains nothing,
+            are fixed.
+        memory: Of each worker pod, likewise.
+        shm: Size of /dev/shm of each worker pod, likewise.
         volumes: Persistent volume claims, each with the folder where every pod sees it; `output` and the data must lie in
             one, and claims of several nodes be ReadWriteMany: `{cromss: /data}`.
         env_secrets: Kubernetes secrets whose entries become environment variables, for object stores and MLflow.

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import psutil
 from ray.train.backend import Backend, BackendConfig
+
+from cromss_dist.cluster import interface_of
 
 LOOPBACK = "127.0.0.1"
 _INTERFACES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
@@ -52,14 +53,6 @@ class _Meeting(Backend):
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Nothing: the ranks' processes end, and what they hold with them."""
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has an address; None where there is none."""
-    for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == address for entry in entries):
-            return str(name)
-    return None
 
 
 def _own_address(config: Rendezvous) -> str:

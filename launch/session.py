@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cromss_dist.cluster import token_path
 from cromss_dist.errors import ClusterError
 
 ROOT = Path(__file__).resolve().parents[1]  # of this code, which the workers run
@@ -85,11 +86,6 @@ def cluster(
             yield str(Path(context["session_dir"]) / "logs")
         finally:
             ray.shutdown()
-
-
-def token_path() -> Path:
-    """The file in which Ray looks for the token of a cluster."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
 
 
 def check_joinable(address: str, allow_insecure: bool = False) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
+from cromss_dist.cluster import token_path
 from cromss_dist.errors import ClusterError, PreemptedError
 from cromss_dist.parse import ParsedRun
 from launch.job import Job
 from launch.probe import check_closed
-from launch.session import token_path
 from launch.snapshot import Snapshot
 
 ENTRYPOINT = "python -m launch.job"  # of every job: nothing of a config may reach the shell that runs it

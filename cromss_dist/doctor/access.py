@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from cromss_dist.cluster import token_path
 from cromss_dist.doctor.finding import Finding
 from cromss_dist.doctor.subject import Subject
 
@@ -27,7 +28,7 @@ _DASHBOARDS = ("ray/dashboard/dashboard.py", "ray-dashboard")
 
 def check_token(subject: Subject) -> Finding:
     """Whether Ray asks for a token, and nobody else can read it: whoever has it runs code as this user."""
-    mode, path = os.environ.get("RAY_AUTH_MODE"), _token_path()
+    mode, path = os.environ.get("RAY_AUTH_MODE"), token_path()
     if mode not in (None, "token"):
         return Finding("token", "fail", f"RAY_AUTH_MODE={mode}: Ray lets anyone in", "export RAY_AUTH_MODE=token")
     try:
@@ -85,11 +86,6 @@ def check_ports(subject: Subject) -> Finding:
                 return Finding("ports", "warn", f"{told}; {error.strerror}", "Raise the limit of open files: ulimit -n 65536")
             return Finding("ports", "fail", f"{told}; binding to 127.0.0.1: {error.strerror}", f"ip link set lo up. {fix}")
     return Finding("ports", "ok", told)
-
-
-def _token_path() -> Path:
-    """Where Ray looks for the token."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
 
 
 def _dashboards() -> list[tuple[str, int]]:

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
+from cromss_dist.cluster import interface_of
 from cromss_dist.doctor import ring
 from cromss_dist.doctor.finding import Finding
 
@@ -91,14 +90,6 @@ def all_reduce(
     measured = json.loads(outputs[0].splitlines()[-1])
     told = f"{size} ranks over {interface}: {measured['latency_s'] * 1e3:.2f} ms, 16 MiB at {measured['mib_per_s']:.0f} MiB/s"
     return Finding(check, "ok", told)
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has an address; None where there is none."""
-    for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == address for entry in entries):
-            return str(name)
-    return None
 
 
 def _last_line(text: str) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cromss_dist.cluster import interface_of
 from cromss_dist.config import ModelConfig, RunConfig
-from cromss_dist.doctor import collectives, meeting, storage
+from cromss_dist.doctor import meeting, storage
 from cromss_dist.doctor.collectives import all_reduce, check_gloo
 from cromss_dist.doctor.finding import Finding
 from cromss_dist.doctor.meeting import Meeting, meet
@@ -146,7 +147,7 @@ def test_a_sum_that_breaks_off_says_why(tmp_path: Path) -> None:
 
 def test_an_address_of_another_machine_has_no_network_card(tmp_path: Path) -> None:
     finding = all_reduce("gloo", "gloo", tmp_path, [0], 1, "192.0.2.1")
-    assert (finding.level, collectives.interface_of("127.0.0.1")) == ("fail", "lo")
+    assert (finding.level, interface_of("127.0.0.1")) == ("fail", "lo")
 
 
 def test_a_machine_knows_its_address() -> None:

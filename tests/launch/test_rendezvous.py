@@ -5,8 +5,9 @@ from multiprocessing.connection import Connection
 import psutil
 import torch
 
+from cromss_dist.cluster import interface_of
 from launch import rendezvous
-from launch.rendezvous import LOOPBACK, Rendezvous, interface_of
+from launch.rendezvous import LOOPBACK, Rendezvous
 from tests.forkserver import FORKSERVER, preload
 
 preload("torch", "launch.rendezvous", "tests.launch.test_rendezvous")
