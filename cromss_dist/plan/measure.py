@@ -40,7 +40,14 @@ from cromss_dist.world import World, join
 
 # Encoder, crop in px, samples. Together they have every kind of operator; ResNet-50 with few and with many samples, since
 # flops grow with them and the bytes of weights do not.
-ON_CPU = (("resnet18", 64, 4), ("resnet18", 96, 2), ("resnet50", 64, 16), ("resnet50", 64, 3), ("mobilenet_v2", 64, 3))
+ON_CPU = (
+    ("resnet18", 64, 4),
+    ("resnet18", 96, 2),
+    ("resnet50", 64, 16),
+    ("resnet50", 64, 8),
+    ("resnet50", 64, 3),
+    ("mobilenet_v2", 64, 3),
+)
 ON_GPU = (("resnet18", 256, 16), ("resnet50", 128, 8), ("resnet50", 256, 16), ("mobilenet_v2", 256, 16))
 REPEATS = 2
 LOCATIONS = 3
