@@ -6,24 +6,22 @@ Layer 5.
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from cromss_dist.cluster import ClusterConfig, Crew
+from cromss_dist.cluster import ClusterConfig
 from cromss_dist.config import RunConfig
-from cromss_dist.errors import ConfigError, HangError, PreemptedError, TrainingError
+from cromss_dist.errors import HangError, PreemptedError, TrainingError
 from cromss_dist.pretrain import CHECKPOINTS
 from cromss_dist.train.checkpoint.shelf import Shelf
 from cromss_dist.train.run.events import tell
 from cromss_dist.train.run.folder import RunSummary, read_summary
 from cromss_dist.train.safety.failure import forget_errors, read_error, set_aside_errors
-from cromss_dist.train.safety.stop import SIGNALS, passing_on_signals, stop_requested, take_resize
-from cromss_dist.world import COLLECTIVE_TIMEOUT_S, choose_device
-from launch.elastic import Demand, Node, resizing, wait_for_room
+from cromss_dist.train.safety.stop import holding_signals, passing_on_signals, stop_requested, take_resize
+from cromss_dist.world import COLLECTIVE_TIMEOUT_S
+from launch.elastic import Demand, Node, demand_of, resizing, wait_for_room
 from launch.session import ROOT
 from launch.session import cluster as ray_cluster
 from launch.worker import quiet, work
@@ -31,44 +29,6 @@ from launch.worker import quiet, work
 LONGEST_PAUSE_S = 60.0  # before the workers start again
 START_TIMEOUT_S = 30  # that Ray waits for the CPUs that it had just told to be free
 HEALTH_INTERVAL_S = 0.5  # between two looks of Ray at the workers
-
-
-def num_workers(config: RunConfig) -> int:
-    """Workers of a run on this machine: the config's number, else one a GPU, else one.
-
-    Raises:
-        ConfigError: more workers than GPUs, for which Ray would wait for ever.
-    """
-    wish = config.launch.workers
-    if choose_device(config.engine.device).type == "cpu":
-        return wish or 1
-    num_gpus = torch.cuda.device_count()
-    if wish is not None and wish > num_gpus:
-        raise ConfigError(
-            f"launch.workers={wish} needs a GPU each, and this machine has {num_gpus}; set launch.workers to at most that, "
-            "or engine.device to cpu."
-        )
-    return wish or num_gpus
-
-
-def demand_of(config: RunConfig, cluster: ClusterConfig) -> Demand:
-    """What a run asks of its machines.
-
-    Raises:
-        ConfigError: more workers than the machines have GPUs, or GPUs of machines that are said to have none.
-        BatchError: the global batch divides by no number of workers that is allowed.
-    """
-    if cluster.kind == "here":
-        workers = num_workers(config)
-        gpus = int(choose_device(config.engine.device).type == "cuda")
-        return Demand.of(config, Crew(workers, workers), gpus, per_node=workers)
-    if config.engine.device == "cuda" and not cluster.gpus_per_node:
-        raise ConfigError(
-            "engine.device='cuda' is not allowed with cluster.gpus_per_node=0, CPUs alone; set cluster.gpus_per_node to the GPUs "
-            "of each machine, or engine.device to auto or cpu."
-        )
-    gpus = int(cluster.gpus_per_node > 0 and config.engine.device != "cpu")
-    return Demand.of(config, cluster.crew(config.launch), gpus, cluster.workers_on_each_node())
 
 
 def drive(
@@ -229,7 +189,7 @@ def _summed_up(cause: Exception, causes: Sequence[str]) -> Exception:
 
 def _start(stack: ExitStack, run: _Run) -> str:
     """A private Ray on this machine, until the stack closes; returns the folder of its logs."""
-    with _signals_held():
+    with holding_signals():
         logs = stack.enter_context(ray_cluster(run.demand.worlds[0] * run.demand.cpus, setup_hook=quiet))
         stack.enter_context(passing_on_signals(run.run_dir))  # again: Ray has set a handler of its own
     return logs
@@ -237,7 +197,7 @@ def _start(stack: ExitStack, run: _Run) -> str:
 
 def _join(stack: ExitStack, run: _Run, allow_insecure: bool, code: Path) -> str:
     """The cluster that is there, until the stack closes; returns the folder of its logs."""
-    with _signals_held():
+    with holding_signals():
         logs = stack.enter_context(ray_cluster(0, run.address, quiet, allow_insecure, code))
         stack.enter_context(passing_on_signals(run.run_dir))
     return logs
@@ -286,16 +246,3 @@ def _run_workers(run: _Run, places: Sequence[Node]) -> None:
         raise KeyboardInterrupt from stop
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Signals that stop a run wait for the end of the block; processes that it starts never get them.
-
-    A scheduler sends them to every process of a job, and Ray's would end at once.
-    """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)

@@ -15,10 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cromss_dist.cluster import Crew
+import torch
+
+from cromss_dist.cluster import ClusterConfig, Crew
 from cromss_dist.config import RunConfig, plan_batches
-from cromss_dist.errors import BatchError, ClusterError, PreemptedError
+from cromss_dist.errors import BatchError, ClusterError, ConfigError, PreemptedError
 from cromss_dist.train.safety.stop import request_resize, stop_requested
+from cromss_dist.world import choose_device
 
 LOOK_S = 2.0  # between two looks at the cluster
 SETTLE_S = 6.0  # without a change, after which a size is taken: machines come one by one, and Ray frees what a worker had late
@@ -121,6 +124,44 @@ class Demand:
             f"It asks for {least} worker{'s' if least > 1 else ''} with {each} each, at most {self.per_node} on a machine; there "
             f"is room for {sum(map(self.room, nodes))}: {'; '.join(there) or 'no machine'}."
         )
+
+
+def num_workers(config: RunConfig) -> int:
+    """Workers of a run on this machine: the config's number, else one a GPU, else one.
+
+    Raises:
+        ConfigError: more workers than GPUs, for which Ray would wait for ever.
+    """
+    wish = config.launch.workers
+    if choose_device(config.engine.device).type == "cpu":
+        return wish or 1
+    num_gpus = torch.cuda.device_count()
+    if wish is not None and wish > num_gpus:
+        raise ConfigError(
+            f"launch.workers={wish} needs a GPU each, and this machine has {num_gpus}; set launch.workers to at most that, "
+            "or engine.device to cpu."
+        )
+    return wish or num_gpus
+
+
+def demand_of(config: RunConfig, cluster: ClusterConfig) -> Demand:
+    """What a run asks of its machines.
+
+    Raises:
+        ConfigError: more workers than the machines have GPUs, or GPUs of machines that are said to have none.
+        BatchError: the global batch divides by no number of workers that is allowed.
+    """
+    if cluster.kind == "here":
+        workers = num_workers(config)
+        gpus = int(choose_device(config.engine.device).type == "cuda")
+        return Demand.of(config, Crew(workers, workers), gpus, per_node=workers)
+    if config.engine.device == "cuda" and not cluster.gpus_per_node:
+        raise ConfigError(
+            "engine.device='cuda' is not allowed with cluster.gpus_per_node=0, CPUs alone; set cluster.gpus_per_node to the GPUs "
+            "of each machine, or engine.device to auto or cpu."
+        )
+    gpus = int(cluster.gpus_per_node > 0 and config.engine.device != "cpu")
+    return Demand.of(config, cluster.crew(config.launch), gpus, cluster.workers_on_each_node())
 
 
 def look() -> list[Node]:

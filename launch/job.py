@@ -26,7 +26,8 @@ from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.run.events import read_events
 from cromss_dist.train.run.folder import RunSummary, working_in
 from cromss_dist.train.run.watch import watching
-from launch.driver import demand_of, drive
+from launch.driver import drive
+from launch.elastic import demand_of
 from launch.kuberay.machines import ask_for_all
 from launch.snapshot import Snapshot
 

@@ -20,7 +20,7 @@ from cromss_dist.parse import ParsedRun, parse_run, to_yaml
 from cromss_dist.pretrain import report, run_in_process
 from cromss_dist.train.run.folder import new_run_dir, read_summary, working_in
 from launch import submit
-from launch.driver import demand_of
+from launch.elastic import demand_of
 from launch.job import Job, check, record, train
 from launch.kuberay import manifests
 from launch.kuberay import submit as kubectl

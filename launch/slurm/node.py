@@ -15,14 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from cromss_dist.cluster import ClusterConfig
 from cromss_dist.errors import ClusterError, ConfigError, main_guard
-from cromss_dist.train.safety.stop import SIGNALS
+from cromss_dist.train.safety.stop import holding_signals
 from launch.slurm.job import HEAD_FILE, POLL_S, TOKEN, keep_asking, noticing_signals, read_cluster, read_end, write_end
 
 ORPHANED_S = 60.0  # that a node waits for word of the driver after the cluster has ended: files of others come late over NFS
@@ -88,7 +88,7 @@ def lead(folder: Path, meeting: Path, token_file: Path, ray: "subprocess.Popen[b
     try:
         address = wait_for_head(meeting / HEAD_FILE, ray)
         environment = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
-        with shielded():
+        with holding_signals():
             driver = subprocess.Popen([sys.executable, "-m", "launch.job", str(folder)], env=os.environ | environment)
         while (ended := driver.poll()) is None:
             keep_asking(folder.parent, asked())
@@ -148,7 +148,7 @@ def end_job(*, requeue: bool) -> None:
 @contextmanager
 def running(command: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that ends with the block."""
-    with shielded():
+    with holding_signals():
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         yield process
@@ -162,23 +162,15 @@ def running(command: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 @contextmanager
-def shielded() -> Iterator[None]:
-    """Processes that start in the block never see the signals that stop a run."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
-
-
-@contextmanager
 def scratch_folder() -> Iterator[Path]:
     """A folder on this node for token, logs and sockets; it goes with the block.
 
     In /tmp whatever TMPDIR says: the paths of Ray's sockets must be short. Folders of jobs that were killed go, too.
     """
     for left in Path("/tmp").glob("cromss-[0-9]*-*"):
-        if left.stat().st_uid == os.geteuid() and not _is_held(left):
+        with suppress(OSError):  # it goes just now, or is a link to nowhere that somebody else has left
+            if left.lstat().st_uid != os.geteuid() or left.is_symlink() or _is_held(left):
+                continue
             shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"cromss-{os.environ['SLURM_JOB_ID']}-", dir="/tmp"))  # mode 0700
     lock = os.open(folder / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o600)

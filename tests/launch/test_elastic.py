@@ -15,8 +15,7 @@ from cromss_dist.config import EngineConfig, LaunchConfig, RunConfig
 from cromss_dist.errors import BatchError, ClusterError, ConfigError, PreemptedError
 from cromss_dist.train.safety.stop import StopRequest, forget_stop, request_resize, request_stop, stop_requested, take_resize
 from launch import elastic
-from launch.driver import demand_of
-from launch.elastic import Demand, Node, resizing, wait_for_room
+from launch.elastic import Demand, Node, demand_of, resizing, wait_for_room
 
 Look = Callable[[], list[Node]]
 TWO = Demand(worlds=(2, 1), cpus=1, gpus=0, per_node=1)

@@ -23,7 +23,7 @@ from cromss_dist.parse import parse_run
 from cromss_dist.schema import NORMALISATION, S2_BANDS
 from cromss_dist.tracking.store import connect
 from cromss_dist.train.run.events import read_events
-from launch.driver import num_workers
+from launch.elastic import num_workers
 from tests.launch.conftest import ROOT, SMALL, Run, environment
 
 

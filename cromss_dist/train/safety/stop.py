@@ -68,6 +68,19 @@ def passing_on_signals(run_dir: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Signals that stop a run wait for the end of the block; processes that it starts never get them.
+
+    A scheduler sends them to every process of a job, and Ray's would end at once.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def request_stop(run_dir: Path) -> None:
     """Asks the ranks of a run to save and to stop."""
     (run_dir / STOP_FILE).touch()
