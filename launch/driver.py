@@ -13,12 +13,13 @@ from pathlib import Path
 
 from cromss_dist.cluster import ClusterConfig
 from cromss_dist.config import RunConfig
-from cromss_dist.errors import HangError, PreemptedError, TrainingError
+from cromss_dist.errors import CromssError, HangError, PreemptedError, TrainingError
 from cromss_dist.pretrain import CHECKPOINTS
 from cromss_dist.train.checkpoint.shelf import Shelf
 from cromss_dist.train.run.events import tell
 from cromss_dist.train.run.folder import RunSummary, read_summary
 from cromss_dist.train.safety.failure import forget_errors, read_error, set_aside_errors
+from cromss_dist.train.safety.fence import new_ticket
 from cromss_dist.train.safety.stop import holding_signals, passing_on_signals, stop_requested, take_resize
 from cromss_dist.world import COLLECTIVE_TIMEOUT_S
 from launch.elastic import Demand, Node, demand_of, resizing, wait_for_room
@@ -116,7 +117,8 @@ class _Run:
                 with resizing(self.demand, places, self.run_dir):
                     _run_workers(self, places)
             except Exception as error:
-                told = read_error(self.run_dir)
+                new_ticket(self.run_dir)  # once it is there, nobody writes an error any more
+                told = read_error(self.run_dir) or _error_by_ray(error)
                 if told is None:
                     return TrainingError(f"{_loss(error, places)} Ray's logs are in {self.logs}.")
                 resize = take_resize(self.run_dir)
@@ -145,7 +147,7 @@ class _Run:
         saved_step = newest_step(self.run_dir)
         if saved_step > self.saved_step:
             self.causes.clear()
-        self.saved_step = saved_step
+        self.saved_step = max(saved_step, self.saved_step)  # one that does not verify is no progress when it is made again
         self.causes.append(str(cause))
         restarts_left = self.config.launch.max_restarts - len(self.causes) + 1
         if restarts_left <= 0:
@@ -173,10 +175,17 @@ def newest_step(run_dir: Path) -> int:
 
 def _loss(error: Exception, places: Sequence[Node]) -> str:
     """What is known of an attempt whose workers left no error."""
-    said = str(error).strip().splitlines()[-1]
+    said = (str(error).strip() or type(error).__name__).splitlines()[-1]
     if lost := [node.address for node in dict.fromkeys(places) if not node.answers()]:
         return f"{', '.join(lost)} answers no more. Ray says: {said}"
     return f"A worker died without a message of its own: {said}"
+
+
+def _error_by_ray(error: Exception) -> CromssError | None:
+    """The error of the lowest rank that raised one, as Ray hands it on: its file may not be seen here yet over NFS."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    raised = [getattr(failure, "_base_exc", failure) for _, failure in sorted(failures.items())]
+    return next((told for told in raised if isinstance(told, CromssError)), None)
 
 
 def _summed_up(cause: Exception, causes: Sequence[str]) -> Exception:
@@ -216,10 +225,10 @@ def _run_workers(run: _Run, places: Sequence[Node]) -> None:
 
     from launch.rendezvous import Rendezvous
 
-    config, demand = run.config, run.demand
+    config, demand, ticket = run.config, run.demand, new_ticket(run.run_dir)
     trainer = DataParallelTrainer(
         work,
-        train_loop_config={"config": config.to_dict(), "run_dir": str(run.run_dir), "profile": run.profile},
+        train_loop_config={"config": config.to_dict(), "run_dir": str(run.run_dir), "profile": run.profile, "ticket": ticket},
         scaling_config=ScalingConfig(
             num_workers=len(places),
             use_gpu=demand.gpus > 0,

@@ -13,20 +13,22 @@ def work(arguments: dict[str, Any]) -> None:
     """One rank of a run; an error that a user can mend goes to the run's folder, for the launcher to raise again.
 
     Args:
-        arguments: `config`, the resolved config as a dictionary, `run_dir` and `profile`.
+        arguments: `config`, the resolved config as a dictionary, `run_dir`, `profile`, and the `ticket` of this start.
     """
     from cromss_dist.errors import CromssError, StorageError
     from cromss_dist.parse import from_dict
     from cromss_dist.pretrain import pretrain
     from cromss_dist.train.safety.failure import write_error
+    from cromss_dist.train.safety.fence import admitted
 
     run_dir = Path(arguments["run_dir"])
-    try:
-        pretrain(from_dict(arguments["config"]), run_dir, arguments["profile"])
-    except (CromssError, OSError) as error:
-        told = StorageError.of(error) if isinstance(error, OSError) else error
-        write_error(run_dir, os.environ["RANK"], told)
-        raise
+    with admitted(run_dir, arguments["ticket"]):
+        try:
+            pretrain(from_dict(arguments["config"]), run_dir, arguments["profile"])
+        except (CromssError, OSError) as error:
+            told = StorageError.of(error) if isinstance(error, OSError) else error
+            write_error(run_dir, os.environ["RANK"], told)
+            raise told from error
 
 
 def quiet() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cromss_dist.config import EngineConfig, LaunchConfig, RunConfig
 from cromss_dist.errors import (
@@ -156,6 +158,31 @@ def test_a_run_that_fails_again_and_again_ends_with_all_causes(run_attempts: Run
 def test_a_checkpoint_between_losses_gives_the_restarts_back(run_attempts: Run, told: Told) -> None:
     run_attempts(die, die, saves(5, die), die, saves(10, die), finish)
     assert told.pauses == [1, 2, 1, 2, 1]
+
+
+def test_a_checkpoint_that_is_lost_and_made_again_gives_none_back(run_attempts: Run, tmp_path: Path, told: Told) -> None:
+    def loses(run_dir: Path) -> None:
+        (run_dir / "checkpoints" / "step-0000010").rmdir()  # it did not verify
+        die(run_dir)
+
+    with pytest.raises(TrainingError, match="3 times in a row without a new checkpoint"):
+        run_attempts(saves(10, die), loses, saves(10, die))
+
+
+def test_an_error_that_ray_hands_on_counts_where_its_file_is_not_seen(run_attempts: Run) -> None:
+    def fails(run_dir: Path) -> None:
+        raise WorkerGroupError("Ray says much.", {1: UserExceptionWithTraceback(ShardError("bad tar"), "Trace"), 0: OSError("x")})
+
+    with pytest.raises(ShardError, match="bad tar"):
+        run_attempts(fails)
+
+
+def test_an_error_without_words_is_a_loss_like_another(run_attempts: Run, tmp_path: Path) -> None:
+    def silent(run_dir: Path) -> None:
+        raise TimeoutError
+
+    run_attempts(silent, finish)
+    assert "Ray says: TimeoutError" in texts(tmp_path)[0]
 
 
 def test_a_resize_is_no_loss(run_attempts: Run, tmp_path: Path, told: Told) -> None:

@@ -19,6 +19,7 @@ from cromss_dist.data.staging import write_atomically
 from cromss_dist.errors import CheckpointError, ConfigError, OutputExistsError
 from cromss_dist.parse import CONFIG_FILE, to_yaml, write_yaml
 from cromss_dist.train.safety.failure import set_aside, set_aside_errors
+from cromss_dist.train.safety.fence import RANKS_FILE, new_ticket
 from cromss_dist.train.safety.stop import forget_stop
 
 SUMMARY_FILE = "summary.json"
@@ -84,7 +85,7 @@ def working_in(run_dir: Path, command: str, fresh: bool = False) -> Iterator[Non
         fresh: Whether the run starts over: all that it has left goes to a folder `before-<n>` in it.
 
     Raises:
-        OutputExistsError: another launcher works in it.
+        OutputExistsError: another launcher works in it, or workers of an earlier one that do not end.
     """
     lock = os.open(run_dir / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o600)
     try:
@@ -95,6 +96,7 @@ def working_in(run_dir: Path, command: str, fresh: bool = False) -> Iterator[Non
                 f"Another process runs {run_dir}, and two in one folder would spoil its checkpoints; let it end, or ask it to "
                 f"stop with: touch {shlex.quote(str(run_dir / 'stop'))}"
             ) from error
+        new_ticket(run_dir)
         forget_stop(run_dir)
         set_aside_errors(run_dir)
         if fresh:
@@ -111,5 +113,5 @@ def working_in(run_dir: Path, command: str, fresh: bool = False) -> Iterator[Non
 
 def _start_over(run_dir: Path) -> None:
     """Leaves nothing but the config: no checkpoint to go on from, no figures to go on with."""
-    stay = re.compile(rf"{CONFIG_FILE}|{_LOCK_FILE}|before-[0-9]+")
+    stay = re.compile(rf"{CONFIG_FILE}|{_LOCK_FILE}|{RANKS_FILE}|before-[0-9]+")
     set_aside([path for path in sorted(run_dir.iterdir()) if not stay.fullmatch(path.name)], run_dir / "before")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cromss_dist import errors
+from cromss_dist.data.staging import write_atomically
 from cromss_dist.errors import CromssError
 from cromss_dist.train.safety.hang_watcher import HANG_FILE
 
@@ -23,7 +24,7 @@ def error_path(run_dir: Path, rank: int | str) -> Path:
 
 def write_error(run_dir: Path, rank: int | str, error: CromssError) -> None:
     """Leaves an error for the launcher."""
-    error_path(run_dir, rank).write_text(json.dumps({"type": type(error).__name__, "message": str(error)}))
+    write_atomically(error_path(run_dir, rank), json.dumps({"type": type(error).__name__, "message": str(error)}).encode())
 
 
 def read_error(run_dir: Path) -> CromssError | None:

@@ -85,7 +85,7 @@ def _signature(path: str) -> tuple[int, int] | None:
 
 def _write(path: str, content: dict[str, object]) -> None:
     """A whole file or none; a disk that refuses must not keep the rank from being ended."""
-    staged = f"{path}.{os.getpid()}"
+    staged = f"{path}.{content['rank']}"  # processes of two machines may have one number
     try:
         with open(staged, "w") as file:
             json.dump(content, file)
