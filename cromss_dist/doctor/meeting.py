@@ -6,6 +6,7 @@ Layer 4. Each machine runs `meet`, at the same time; they speak through files of
 import errno
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -137,7 +138,7 @@ def _exchange(meeting: Meeting, names: dict[int, str]) -> list[Finding]:
         meeting.tell(f"ping{turn}", None)
         for rank, (answered, seen) in meeting.hear(f"pong{turn}", meeting.others).items():
             way = seen - asked
-            best[rank] = min(best.get(rank, (way, 0.0)), (way, answered - (asked + seen) / 2), key=lambda pair: pair[0])
+            best[rank] = min(best.get(rank, (math.inf, 0.0)), (way, answered - (asked + seen) / 2), key=lambda pair: pair[0])
             worst[rank] = max(worst.get(rank, 0.0), way)
     # Each machine tells its own part, which the first one has measured.
     meeting.tell("measured", {rank: [worst[rank], *best[rank]] for rank in meeting.others})
