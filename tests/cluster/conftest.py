@@ -27,13 +27,13 @@ from tests.whole_runs import Trace, start_folder, trace_of, traced_run
 TIMEOUT_S = 300.0  # for anything: a loaded machine is slow
 
 
-def wait_for(what: str, happened: Callable[[], bool], running: Process | None = None, timeout_s: float = TIMEOUT_S) -> float:
-    """Waits until something happened; returns the seconds that it took."""
+def wait_for(what: str, happened: Callable[[], bool], running: Process | None = None, log: Path | None = None) -> float:
+    """Waits until something happened, which a process brings about that writes a log; returns the seconds that it took."""
     started_s = time.monotonic()
     while not happened():
         if running is not None and running.poll() is not None:
-            raise AssertionError(f"{what}: its process ended with {running.returncode}: {running.communicate()}")
-        assert time.monotonic() < started_s + timeout_s, f"{what}: not within {timeout_s:.0f} s"
+            raise AssertionError(f"{what}: its process ended with {running.returncode}: {log and log.read_text()}")
+        assert time.monotonic() < started_s + TIMEOUT_S, f"{what}: not within {TIMEOUT_S:.0f} s"
         time.sleep(0.1)
     return time.monotonic() - started_s
 
@@ -71,7 +71,7 @@ class Cluster:
         """Starts launch.node on a host; what it writes is in `<host>.log`."""
         common = ["--address", host.address, "--token-file", str(self.token), "--cpus", "1"]
         common += ["--temp-dir", f"/tmp/ray/{host.name}"]  # the host's own, and gone with it
-        with (self.folder / f"{host.name}.log").open("a") as log:
+        with self.log(host).open("a") as log:
             command = [sys.executable, "-m", "launch.node", *common, *arguments]
             self.nodes[host.name] = host.popen(*command, env=self.environment, stdout=log, stderr=log)
         return self.nodes[host.name]
@@ -80,18 +80,21 @@ class Cluster:
         """Starts the cluster and waits until it answers."""
         self.announced.unlink(missing_ok=True)
         node = self.node(self.hosts[0], "--head", "--announce", str(self.announced), *arguments)
-        wait_for("the head", self.announced.exists, node)
+        wait_for("the head", self.announced.exists, node, self.log(self.hosts[0]))
 
     def join(self, host: Host) -> None:
         """Adds a host and waits until it is a part."""
         before = self.said_by(host).count("Ray runs")
         node = self.node(host, "--join-announced", str(self.announced))
-        wait_for(f"{host.name} joins", lambda: self.said_by(host).count("Ray runs") > before, node)
+        wait_for(f"{host.name} joins", lambda: self.said_by(host).count("Ray runs") > before, node, self.log(host))
 
     def said_by(self, host: Host) -> str:
         """All that launch.node has written on a host."""
-        log = self.folder / f"{host.name}.log"
-        return log.read_text() if log.exists() else ""
+        return self.log(host).read_text() if self.log(host).exists() else ""
+
+    def log(self, host: Host) -> Path:
+        """Where launch.node writes on a host."""
+        return self.folder / f"{host.name}.log"
 
 
 @pytest.fixture
@@ -123,6 +126,7 @@ class Job:
 
     def __init__(self, cluster: Cluster, config: RunConfig, run_dir: Path, min_nodes: int) -> None:
         self.cluster, self.run_dir, self.min_nodes = cluster, run_dir, min_nodes
+        self.log = run_dir / "driver.log"
         start_folder(run_dir, config)
         self.set_pace(0.3)
         self.driver: Process
@@ -136,7 +140,7 @@ class Job:
     def start(self, host: Host) -> None:
         """Starts the driver on a host; by the same command each time."""
         command = [sys.executable, "-m", "tests.cluster.job", str(self.run_dir), self.cluster.address, "2", str(self.min_nodes)]
-        with (self.run_dir / "driver.log").open("a") as log:
+        with self.log.open("a") as log:
             self.driver = host.popen(*command, env=self.cluster.environment, stdout=log, stderr=log)
 
     @property
@@ -150,12 +154,12 @@ class Job:
         def computed() -> bool:
             return len(self.attempts) > attempt and len(self.attempts[attempt].trace.losses) >= steps
 
-        return wait_for(f"step {steps} of attempt {attempt}", computed, self.driver)
+        return wait_for(f"step {steps} of attempt {attempt}", computed, self.driver, self.log)
 
     def finish(self) -> None:
         """Waits until the driver has come to the end of the run."""
         self.set_pace(0)
-        assert self.driver.wait(TIMEOUT_S) == 0, (self.run_dir / "driver.log").read_text()
+        assert self.driver.wait(TIMEOUT_S) == 0, self.log.read_text()
 
     def accounted(self) -> Trace:
         """What the run's weights were computed from: of a step that was computed more than once, the last time.
