@@ -82,6 +82,13 @@ def drive(
     return summary
 
 
+class _EndedError(Exception):
+    """Workers ended, and shall start again."""
+
+    def __init__(self, cause: CromssError) -> None:
+        self.cause = cause
+
+
 @dataclass
 class _Run:
     """The attempts of a run."""
@@ -94,10 +101,11 @@ class _Run:
     profile: bool
     logs: str = ""
     causes: list[str] = field(default_factory=list)  # of losses without a checkpoint in between
+    losses: int = 0  # in all
     saved_step: int = -1
     world: int = 0  # of the last attempt
 
-    def attempt(self) -> Exception | None:
+    def attempt(self) -> CromssError | None:
         """Starts all workers once, and waits for them.
 
         Returns:
@@ -106,6 +114,14 @@ class _Run:
         Raises:
             CromssError: a worker's error, which a new start would not mend.
         """
+        try:
+            self._try()
+        except _EndedError as ended:
+            return ended.cause
+        return None
+
+    def _try(self) -> None:
+        """As `attempt`; an end that is no error is raised, so that Ray's logs stay."""
         with ExitStack() as stack:
             if self.address is None:  # what is lost may be Ray's, so that each attempt here has one of its own
                 self.logs = _start(stack, self)
@@ -114,22 +130,21 @@ class _Run:
                 tell(self.run_dir, f"{len(places)} worker{'s' if len(places) > 1 else ''} in place of {self.world}.")
             self.world = len(places)
             try:
-                with resizing(self.demand, places, self.run_dir):
+                with resizing(self.demand, places, self.run_dir, self.losses):
                     _run_workers(self, places)
             except Exception as error:
                 new_ticket(self.run_dir)  # once it is there, nobody writes an error any more
                 told = read_error(self.run_dir) or _error_by_ray(error)
                 if told is None:
-                    return TrainingError(f"{_loss(error, places)} Ray's logs are in {self.logs}.")
+                    raise _EndedError(TrainingError(f"{_loss(error, places)} Ray's logs are in {self.logs}.")) from error
                 resize = take_resize(self.run_dir)
                 if isinstance(told, PreemptedError) and resize and not stop_requested(self.run_dir):
-                    return PreemptedError(f"{resize}. {told}")
+                    raise _EndedError(PreemptedError(f"{resize}. {told}")) from error
                 if isinstance(told, HangError):
-                    return told
+                    raise _EndedError(told) from error
                 raise told from error
             finally:
                 take_resize(self.run_dir)
-        return None
 
     def recover(self, cause: Exception) -> None:
         """Gets ready for the next attempt, after a pause where workers were lost.
@@ -148,6 +163,7 @@ class _Run:
         if saved_step > self.saved_step:
             self.causes.clear()
         self.saved_step = max(saved_step, self.saved_step)  # one that does not verify is no progress when it is made again
+        self.losses += 1
         self.causes.append(str(cause))
         restarts_left = self.config.launch.max_restarts - len(self.causes) + 1
         if restarts_left <= 0:

@@ -25,6 +25,7 @@ from cromss_dist.world import choose_device
 
 LOOK_S = 2.0  # between two looks at the cluster
 SETTLE_S = 6.0  # without a change, after which a size is taken: machines come one by one, and Ray frees what a worker had late
+LONGEST_PATIENCE_S = 600.0  # with machines that come and go
 PROBE_S = 2.0  # for a connection to a node
 
 
@@ -229,7 +230,9 @@ def wait_for_room(
 
 
 @contextmanager
-def resizing(demand: Demand, places: Sequence[Node], run_dir: Path, look: Callable[[], list[Node]] = look) -> Iterator[None]:
+def resizing(
+    demand: Demand, places: Sequence[Node], run_dir: Path, losses: int = 0, look: Callable[[], list[Node]] = look
+) -> Iterator[None]:
     """Has the run save itself and end where it should have another size, while the block runs.
 
     That is when a machine that it uses will be taken back, or when there is room for a larger crew.
@@ -238,9 +241,12 @@ def resizing(demand: Demand, places: Sequence[Node], run_dir: Path, look: Callab
         demand: What the run asks for.
         places: Where its workers are.
         run_dir: Where the wish is left, for all ranks.
+        losses: That the run has had. Each doubles the time that machines must have been there before the run grows: where they
+            come and go, it would spend its time on changes of its size.
         look: The machines.
     """
     ended = threading.Event()
+    patience_s = min(SETTLE_S * 2.0 ** min(losses, 20), LONGEST_PATIENCE_S)
 
     def watch() -> None:
         larger, since_s = 0, 0.0
@@ -255,9 +261,13 @@ def resizing(demand: Demand, places: Sequence[Node], run_dir: Path, look: Callab
             world = len(demand.place(_without_ours(nodes, demand, places)))
             if world != larger:
                 larger, since_s = world, time.monotonic()
-            if world > len(places) and time.monotonic() >= since_s + SETTLE_S:
-                request_resize(run_dir, f"there is room for {world} workers, {len(places)} were running")
-                return
+            if world > len(places) and time.monotonic() >= since_s + patience_s:
+                # One that Ray has and we cannot reach would be left out at the next start, again and again.
+                world = len(demand.place(_without_ours([node for node in nodes if node.answers()], demand, places)))
+                if world > len(places):
+                    request_resize(run_dir, f"there is room for {world} workers, {len(places)} were running")
+                    return
+                larger = 0  # and once more
 
     thread = threading.Thread(target=watch, name="resizing", daemon=True)
     thread.start()

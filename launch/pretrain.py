@@ -78,8 +78,8 @@ def start_here(run: ParsedRun, console: Console) -> int:
     if not run.config.launch.ray:
         report(run_in_process(run, console), console)
         return 0
-    if address is not None and not run.allow_insecure:
-        check_closed(address)
+    if address is not None:
+        check_closed(address, run.allow_insecure)
     world = check(run).plan.world_size
     run_dir = run.resume or new_run_dir(run.config)
     console.print(f"  Ray starts {world} worker{'s' if world > 1 else ''} ...", highlight=False)
@@ -110,8 +110,15 @@ def start_on_kubernetes(run: ParsedRun, console: Console) -> int:
     preflight = describe(run)
     job = Job.of(run, command(run))
     name = manifests.job_name(job.name)
-    code = Snapshot.take().zipped()
-    manifest = manifests.to_yaml(manifests.manifests(run.config, run.cluster, name, job.files(run), code))
+    code, files = Snapshot.take().zipped(), job.files(run)
+    manifest = manifests.to_yaml(manifests.manifests(run.config, run.cluster, name, files, code))
+    if not manifests.takes_code(files, code):
+        warning = (
+            f"code                that of {run.cluster.kuberay.image}, and NOT of this checkout: its zip of {len(code) >> 10} KiB does "
+            f"not fit into a ConfigMap, which takes {manifests.LARGEST_CONFIG_MAP >> 10} KiB"
+        )
+        print(warning, file=sys.stderr)
+        preflight += f"\n{warning}"
     if run.dry_run:
         print("\n".join(f"# {line}" for line in preflight.splitlines()))  # so that the whole is a manifest
         print(manifest, end="")

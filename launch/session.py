@@ -6,16 +6,16 @@ Layer 5. Ray's processes unpickle references to this module, so it imports nothi
 import logging
 import os
 import secrets
-import socket
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cromss_dist.cluster import token_path
-from cromss_dist.errors import ClusterError
+from cromss_dist.errors import ClusterError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]  # of this code, which the workers run
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -48,17 +48,15 @@ def cluster(
         The folder of its logs.
 
     Raises:
-        ClusterError: the cluster is to be joined without a token, or is not there, or has another one.
+        ClusterError: the cluster is to be joined without a token, or is not there, or has another one, or asks for none.
+        ConfigError: the code's folder has a name that PYTHONPATH cannot state.
     """
-    with tempfile.TemporaryDirectory(prefix="cromss-ray-") as private:  # mode 0700
+    with _private_folder() as private:
         if address is None:
-            token = Path(private) / "token"
+            token = private / "token"
             with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(_new_token())
-            os.environ |= {
-                "RAY_AUTH_MODE": "token",
-                "RAY_AUTH_TOKEN_PATH": str(token),
-            }
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         else:
             check_joinable(address, allow_insecure)
         if address is None or address.rpartition(":")[0] in LOOPBACK:
@@ -66,30 +64,62 @@ def cluster(
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         import ray  # Ray reads these when it is imported, so the import comes after
 
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        environment: dict[str, Any] = {}
-        if setup_hook:
-            environment["worker_process_setup_hook"] = setup_hook
-        if address is not None:
-            environment["env_vars"] = {"PYTHONPATH": str(code)}
-        options["runtime_env"] = environment
+        environment: dict[str, Any] = {"worker_process_setup_hook": setup_hook} if setup_hook else {}
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": environment}
         if address is None:
-            options |= {"num_cpus": num_cpus, "include_dashboard": False}
+            options |= {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": str(private / "r")}
+        else:
+            if "RAY_AUTH_TOKEN_PATH" in os.environ:
+                os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_path().absolute())
+            environment["env_vars"] = {"PYTHONPATH": _one_place(code)}
         try:
             try:
-                context: Any = ray.init(address=address or "local", **options)
-            except ConnectionError as error:  # an OSError, and no fault of the disk
+                # Ray has its workers import from the folder that the driver is in, before PYTHONPATH.
+                with nullcontext() if address is None else chdir(code):
+                    context: Any = ray.init(address=address or "local", **options)
+            except (ConnectionError, RuntimeError) as error:  # the former is no fault of the disk
                 raise ClusterError(
-                    f"No Ray cluster lets us in at {address} ({error}). Check that it runs, that the address is "
-                    f"right, and that its token is the one in {token_path()}."
+                    f"No Ray cluster lets us in at {address} ({' '.join(str(error).split())}). Check that it runs, that the "
+                    f"address is right, that its token is the one in {token_path()}, and that it has the same versions of Ray and Python."
                 ) from error
             yield str(Path(context["session_dir"]) / "logs")
         finally:
             ray.shutdown()
 
 
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A new folder of this user alone, which goes with the block; after an error it stays, with Ray's logs.
+
+    Ray lets everyone write to its own, sockets and code included. In /tmp whatever TMPDIR says: paths of sockets must be short.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="cromss-ray-", dir="/tmp"))  # mode 0700
+    try:
+        yield folder
+    except BaseException:
+        (folder / "token").unlink(missing_ok=True)
+        with suppress(OSError):  # there are no logs
+            folder.rmdir()
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _one_place(code: Path) -> str:
+    """A folder as the whole of PYTHONPATH.
+
+    Raises:
+        ConfigError: its name would be read as two.
+    """
+    if os.pathsep in str(code):
+        raise ConfigError(
+            f"Workers cannot find the code of the run in {code}, since Python reads {os.pathsep!r} as the end of a folder's "
+            "name; set output to another folder."
+        )
+    return str(code)
+
+
 def check_joinable(address: str, allow_insecure: bool = False) -> None:
-    """Raises ClusterError unless there is a token that only this user can read, and something answers at `address`."""
+    """Raises ClusterError unless there is a token that only this user can read, and a cluster at `address` that asks for it."""
     path = token_path()
     readable = path.is_file() and not path.stat().st_mode & 0o077
     closed = os.environ.get("RAY_AUTH_MODE") == "token" and (readable or "RAY_AUTH_TOKEN" in os.environ)  # KubeRay's way
@@ -98,10 +128,6 @@ def check_joinable(address: str, allow_insecure: bool = False) -> None:
             "A Ray cluster is joined only with a token, since whoever reaches it without one can run code on it: start it with "
             f"RAY_AUTH_MODE=token, set that here too, and give its token in a file that only you can read (chmod 600 {path})."
         )
-    host, _, port = address.rpartition(":")
-    try:  # Ray itself would try for minutes
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise ClusterError(
-            f"Nobody answers at {address} ({error}). Give the address of a running Ray cluster, HOST:PORT, such as 10.0.0.1:6379."
-        ) from error
+    from launch.probe import check_closed  # heavy
+
+    check_closed(address, allow_insecure)  # Ray itself would try for minutes, and then end this process

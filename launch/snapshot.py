@@ -7,16 +7,20 @@ import hashlib
 import io
 import itertools
 import json
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cromss_dist.data.staging import replacing
+from cromss_dist.errors import ConfigError
 from cromss_dist.tracking.revision import CODE_RECORD, git_revision
 
 CODE_FOLDER = "code"  # in the run's folder; code-2 is that of a run which went on with other code
 PACKAGES = ("cromss_dist", "launch")
+STILL_S = 1.0  # since the last change of a file: a tool that changes several is through
+STILL_WAIT_S = 20.0  # for that
 _ROOT = Path(__file__).resolve().parents[1]
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can state: equal files are equal bytes
 
@@ -35,11 +39,27 @@ class Snapshot:
 
     @classmethod
     def take(cls) -> "Snapshot":
-        """Of the code that this process runs."""
-        paths = sorted(path for name in PACKAGES for path in (_ROOT / name).rglob("*") if path.is_file())
-        names = [path.relative_to(_ROOT) for path in paths]
-        kept = [name for name in names if not any(part.startswith((".", "__pycache__")) for part in name.parts)]
-        return cls(git_revision(), {name.as_posix(): (_ROOT / name).read_bytes() for name in kept})
+        """Of the code that this process runs.
+
+        Raises:
+            ConfigError: it changes all the time, or is no Python: somebody is editing it.
+        """
+        deadline_s = time.monotonic() + STILL_WAIT_S
+        while (code := _read(_ROOT)) != _read(_ROOT) or _changed_just_now(_ROOT):
+            if time.monotonic() > deadline_s:
+                raise ConfigError(
+                    f"The code in {_ROOT} has changed while it was copied, for {STILL_WAIT_S:g} s; start again later."
+                )
+            time.sleep(0.1)
+        for name, content in code.items():
+            try:
+                if name.endswith(".py"):
+                    compile(content, name, "exec", dont_inherit=True)
+            except (SyntaxError, ValueError) as error:
+                raise ConfigError(
+                    f"The code in {_ROOT} is no Python, so that a job could not run it: {error}. Mend it."
+                ) from error
+        return cls(git_revision(), code)
 
     @property
     def sha256(self) -> str:
@@ -74,7 +94,7 @@ class Snapshot:
             if not folder.exists():
                 break
             newest = folder
-        if newest and (newest / CODE_RECORD).read_bytes() == self.record:
+        if newest and (newest / CODE_RECORD).read_bytes() == self.record and _read(newest) == self.files:
             return newest
         with replacing(folder) as fresh:
             for name, content in {**self.files, CODE_RECORD: self.record}.items():
@@ -82,3 +102,17 @@ class Snapshot:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
         return folder
+
+
+def _paths(root: Path) -> list[Path]:
+    paths = sorted(path for name in PACKAGES for path in (root / name).rglob("*") if path.is_file())
+    return [path for path in paths if not any(p.startswith((".", "__pycache__")) for p in path.relative_to(root).parts)]
+
+
+def _read(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in _paths(root)}
+
+
+def _changed_just_now(root: Path) -> bool:
+    now_s = time.time()
+    return any(0 <= now_s - path.stat().st_mtime < STILL_S for path in _paths(root))

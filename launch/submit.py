@@ -38,8 +38,8 @@ def submit(run: ParsedRun, job: Job) -> Any:
     """
     url = run.cluster.ray.address.rstrip("/")
     headers = {}
+    check_closed(url, run.allow_insecure)
     if not run.allow_insecure:
-        check_closed(url)
         headers = {"Authorization": f"Bearer {read_token()}"}
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)  # Ray would send the job, and the token, there

@@ -82,13 +82,19 @@ def manifests(
             f"The job's files have {size} bytes, and a ConfigMap takes {LARGEST_CONFIG_MAP}; shorten what the config lists, such "
             "as data.filter.quality."
         )
-    if code is not None and size + len(CODE_FILE) + len(code) > LARGEST_CONFIG_MAP:
+    if not takes_code(files, code):
         code = None
     config_map: Object = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(cluster.kuberay, name)}
     config_map |= {"immutable": True, "data": content}
     if code is not None:
         config_map["binaryData"] = {CODE_FILE: base64.b64encode(code).decode()}
     return [config_map, _network_policy(cluster.kuberay, name), _ray_job(config, cluster, name, code is not None)]
+
+
+def takes_code(files: Mapping[str, bytes], code: bytes | None) -> bool:
+    """Whether a ConfigMap with the files has room for the code, too."""
+    size = sum(len(key) + len(value) for key, value in files.items())
+    return code is not None and size + len(CODE_FILE) + len(code) <= LARGEST_CONFIG_MAP
 
 
 def to_yaml(objects: list[Object]) -> str:

@@ -152,9 +152,9 @@ def test_a_run_that_waits_can_be_stopped(tmp_path: Path) -> None:
         wait_for_room(TWO, 600, tmp_path, is_first=True, look=list)
 
 
-def resize_while(look: Look, places: Sequence[Node], folder: Path, seconds: float) -> str | None:
+def resize_while(look: Look, places: Sequence[Node], folder: Path, seconds: float, losses: int = 0) -> str | None:
     """What a run is told within some seconds."""
-    with resizing(TWO, places, folder, look):
+    with resizing(TWO, places, folder, losses, look):
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s and not (folder / "resize").exists():
             time.sleep(0.01)
@@ -166,6 +166,19 @@ def test_a_run_is_resized_when_a_machine_has_come_to_stay(machine: Machine, tmp_
     assert resize_while(lambda: [ours, new], [ours], tmp_path, 60) == "there is room for 2 workers, 1 were running"
     flicker = itertools.cycle([[ours, new], [ours]])
     assert resize_while(lambda: next(flicker), [ours], tmp_path, 0.6) is None
+
+
+def test_a_run_does_not_grow_onto_a_machine_that_its_next_start_would_leave_out(machine: Machine, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    ours, unreachable = machine("a", 1, busy=1), replace(machine("b", 1), port=closed)
+    assert resize_while(lambda: [ours, unreachable], [ours], tmp_path, 0.6) is None
+
+
+def test_a_run_that_loses_machines_again_and_again_waits_longer_until_it_grows(machine: Machine, tmp_path: Path) -> None:
+    ours, new = machine("a", 1, busy=1), machine("b", 1)
+    assert resize_while(lambda: [ours, new], [ours], tmp_path, 0.6, losses=99) is None
+    assert resize_while(lambda: [ours, new], [ours], tmp_path, 60, losses=1)
 
 
 @pytest.mark.parametrize("other", [0, 1], ids=["no machine came", "one came, and others took it"])
@@ -187,7 +200,7 @@ def test_watching_ends_when_ray_does(tmp_path: Path) -> None:
     def look() -> list[Node]:
         raise ConnectionError
 
-    with resizing(TWO, [], tmp_path, look):
+    with resizing(TWO, [], tmp_path, look=look):
         time.sleep(0.1)
         assert not any(thread.name == "resizing" for thread in threading.enumerate())
 

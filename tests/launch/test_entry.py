@@ -1,5 +1,6 @@
 """The one entry for all clusters: what it shows, refuses and leaves, without a cluster."""
 
+import socket
 import sys
 from pathlib import Path
 
@@ -58,6 +59,18 @@ def test_a_dry_run_for_kubernetes_is_a_manifest(entry: Entry, capsys: pytest.Cap
     assert kinds == ["ConfigMap", "NetworkPolicy", "RayJob"]
 
 
+def test_code_that_no_config_map_takes_is_said_to_be_the_image_s(
+    entry: Entry, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.kuberay.manifests.LARGEST_CONFIG_MAP", 10_000)
+    entry.output, entry.shards = Path("/data/runs"), Path("/data/shards")
+    assert entry("slurm", "--cluster={kind: kuberay, kuberay: {volumes: {mine: /data}}}", "--dry-run") == 0
+    out, err = capsys.readouterr()
+    assert "that of cromss-dist:latest, and NOT of this checkout" in err
+    assert "# code                that of cromss-dist:latest, and NOT" in out
+    assert "binaryData" not in next(iter(yaml.safe_load_all(out)))
+
+
 @pytest.mark.parametrize("kind", ["job", "slurm"])
 def test_data_that_only_the_cluster_sees_is_looked_at_there(entry: Entry, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     entry.shards = Path("/nowhere")
@@ -87,6 +100,12 @@ def test_an_open_cluster_is_not_joined(entry: Entry, monkeypatch: pytest.MonkeyP
         entry("ray")
     with pytest.raises(ClusterError, match="asks for no token"):
         check_closed("10.0.0.1:6379")
+    assert not entry.output.exists()
+
+
+def test_what_is_no_cluster_is_not_joined_either_where_open_ones_are(entry: Entry) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(ClusterError, match="No Ray cluster answers"):
+        entry("ray", f"--cluster.ray.address=127.0.0.1:{mute.getsockname()[1]}", "--allow-insecure")
     assert not entry.output.exists()
 
 

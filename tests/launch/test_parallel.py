@@ -108,5 +108,5 @@ def test_a_cluster_that_is_not_there_is_told_at_once(address: str, tmp_path: Pat
     token.chmod(0o600)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    with pytest.raises(ClusterError, match=f"Nobody answers at {address}"), cluster(1, address):
+    with pytest.raises(ClusterError, match=f"No Ray cluster answers at {address}"), cluster(1, address):
         pass

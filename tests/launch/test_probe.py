@@ -1,5 +1,6 @@
 """Whether a cluster lets anyone in: servers that answer as Ray's do, with and without a token."""
 
+import socketserver
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,23 @@ def dashboard(code: int) -> Iterator[str]:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def shell() -> Iterator[str]:
+    """What speaks first, and not HTTP."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+            self.request.recv(4096)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield "{}:{}".format(*server.server_address)
         server.shutdown()
         thread.join()
 
@@ -68,6 +86,8 @@ def test_a_cluster_that_refuses_is_closed() -> None:
 def test_a_cluster_that_answers_is_open() -> None:
     with gcs(grpc.StatusCode.OK) as address, pytest.raises(ClusterError, match=r"asks for no token: .* --allow-insecure"):
         check_closed(address)
+    with gcs(grpc.StatusCode.OK) as address:
+        check_closed(address, allow_insecure=True)
 
 
 def test_what_is_no_ray_cluster_is_told_apart() -> None:
@@ -78,5 +98,10 @@ def test_what_is_no_ray_cluster_is_told_apart() -> None:
             check_closed(url.removeprefix("http://"))
     with gcs(grpc.StatusCode.UNIMPLEMENTED) as address, pytest.raises(ClusterError, match=r"No Ray cluster .*unimplemented"):
         check_closed(address)
+    with shell() as address:
+        with pytest.raises(ClusterError, match=r"No dashboard of Ray answers"):
+            check_closed(f"http://{address}")
+        with pytest.raises(ClusterError, match=r"No Ray cluster answers"):
+            check_closed(address, allow_insecure=True)
     with pytest.raises(ClusterError, match=r"No dashboard of Ray answers at http://127\.0\.0\.1:9 .*refused.* ssh -L"):
         check_closed("http://127.0.0.1:9")

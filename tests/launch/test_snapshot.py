@@ -2,11 +2,17 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
+import pytest
+
+from cromss_dist.errors import ConfigError
+from launch import snapshot
 from launch.snapshot import Snapshot
 
 CODE = Snapshot("abc+dirty", {"cromss_dist/__init__.py": b"", "launch/work.py": b"print('here')\n"})
@@ -18,6 +24,45 @@ def test_it_has_the_code_of_this_process_and_nothing_else() -> None:
     assert all(name.startswith(("cromss_dist/", "launch/")) for name in taken.files)
     assert not [name for name in taken.files if "__pycache__" in name]
     assert list(taken.files) == sorted(taken.files)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout that nobody has touched for an hour."""
+    root = CODE.write(tmp_path)
+    for path in root.rglob("*.py"):
+        os.utime(path, (time.time() - 3600,) * 2)
+    monkeypatch.setattr(snapshot, "_ROOT", root)
+    return root
+
+
+def test_code_that_is_being_edited_is_taken_whole_or_not_at_all(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Snapshot.take().files == CODE.files
+    edited = checkout / "launch" / "work.py"
+    slept: list[float] = []
+
+    def edit(seconds: float) -> None:
+        slept.append(seconds)
+        edited.write_text(f"print({len(slept)})\n")
+        if len(slept) == 3:
+            os.utime(edited, (time.time() - 3600,) * 2)
+
+    edited.write_text("print(0)\n")
+    monkeypatch.setattr(snapshot.time, "sleep", edit)
+    assert Snapshot.take().files["launch/work.py"] == b"print(3)\n"
+    monkeypatch.setattr(snapshot, "STILL_WAIT_S", 0.0)
+    edited.write_text("print(5)\n")
+    with pytest.raises(ConfigError, match="has changed while it was copied"):
+        Snapshot.take()
+    edited.write_text("def half(\n")
+    os.utime(edited, (time.time() - 3600,) * 2)
+    with pytest.raises(ConfigError, match=r"is no Python.*launch/work\.py"):
+        Snapshot.take()
+
+
+def test_a_copy_that_was_edited_is_not_taken_for_the_code(tmp_path: Path) -> None:
+    (CODE.write(tmp_path) / "launch" / "work.py").write_text("print('edited')")
+    assert CODE.write(tmp_path).name == "code-2"
 
 
 def test_python_runs_it_and_not_the_checkout_and_knows_its_commit(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text(CANARY + "\n")
     path.chmod(0o600)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
-    monkeypatch.setattr(submit, "check_closed", lambda url: None)
+    monkeypatch.setattr(submit, "check_closed", lambda *_: None)
     return path
 
 
