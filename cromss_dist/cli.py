@@ -122,7 +122,7 @@ def _add_plan(commands: Any) -> None:
         "Takes --config, --cluster and dotted config keys, as launch/pretrain.py does.",
         usage="cromss plan [--config CONFIG] [--cluster CLUSTER] [--KEY VALUE ...] [options]",
         epilog="""examples:
-  cromss plan --config configs/pretrain/resnet50_13b_middle.yaml --nodes 8 --gpus 8 --machine h100 --locations 251079 --price 2.5
+  cromss plan --config configs/pretrain/resnet50_13b_middle.yaml --nodes 8 --gpus 8 --machine h100 --locations 103793 --price 2.5
   cromss plan --config run.yaml --cluster configs/cluster/slurm.yaml --machine profile.json
   cromss plan --config run.yaml --machine profile.json --scaling 512 --weak 32
 
