@@ -48,7 +48,7 @@ class Snapshot:
         while (code := _read(_ROOT)) != _read(_ROOT) or _changed_just_now(_ROOT):
             if time.monotonic() > deadline_s:
                 raise ConfigError(
-                    f"The code in {_ROOT} has changed while it was copied, for {STILL_WAIT_S:g} s; start again later."
+                    f"The code in {_ROOT} has changed for {STILL_WAIT_S:g} s while it was copied; start again later."
                 )
             time.sleep(0.1)
         for name, content in code.items():
@@ -56,9 +56,7 @@ class Snapshot:
                 if name.endswith(".py"):
                     compile(content, name, "exec", dont_inherit=True)
             except (SyntaxError, ValueError) as error:
-                raise ConfigError(
-                    f"The code in {_ROOT} is no Python, so that a job could not run it: {error}. Mend it."
-                ) from error
+                raise ConfigError(f"{_ROOT / name} is no Python, so that a job could not run it: {error}; mend it.") from error
         return cls(git_revision(), code)
 
     @property
