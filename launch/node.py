@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from cromss_dist.data.staging import write_atomically
 from cromss_dist.errors import ClusterError, ConfigError, main_guard
 from launch.probe import check_closed
 
@@ -125,7 +126,7 @@ def serve(options: argparse.Namespace, temp_dir: Path, asked_to_stop: Callable[[
                 raise ClusterError(_last_words(log, started=announced))
             if not announced and current.exists() and (address := current.read_text()):
                 if options.announce:
-                    _publish(options.announce, address)
+                    write_atomically(options.announce, f"{address}\n".encode())
                 where = f", dashboard at {options.dashboard}" if options.dashboard else ""
                 print(f"Ray runs on this machine; cluster {address}{where}; logs below {temp_dir}.", flush=True)
                 announced = True
@@ -288,13 +289,6 @@ def end_all_children() -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(0.05)
-
-
-def _publish(path: Path, address: str) -> None:
-    """A reader sees all of it or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(f"{address}\n")
-    partial.replace(path)
 
 
 def _last_words(log: Path, started: bool) -> str:

@@ -114,8 +114,8 @@ def start_on_kubernetes(run: ParsedRun, console: Console) -> int:
     manifest = manifests.to_yaml(manifests.manifests(run.config, run.cluster, name, files, code))
     if not manifests.takes_code(files, code):
         warning = (
-            f"code                that of {run.cluster.kuberay.image}, and NOT of this checkout: its zip of {len(code) >> 10} KiB "
-            f"does not fit into a ConfigMap, which takes {manifests.LARGEST_CONFIG_MAP >> 10} KiB"
+            f"code                that of {run.cluster.kuberay.image}, and NOT of this checkout: its zip of {len(code) >> 10} "
+            f"KiB does not fit into a ConfigMap, which takes {manifests.LARGEST_CONFIG_MAP >> 10} KiB"
         )
         print(warning, file=sys.stderr)
         preflight += f"\n{warning}"

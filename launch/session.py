@@ -80,8 +80,8 @@ def cluster(
             except (ConnectionError, RuntimeError) as error:  # the former is no fault of the disk
                 raise ClusterError(
                     f"No Ray cluster lets us in at {address} ({' '.join(str(error).split())}). Check that it runs, that the "
-                    f"address is right, that its token is the one in {token_path()}, and that Ray and Python have the same versions "
-                    "there."
+                    f"address is right, that its token is the one in {token_path()}, and that Ray and Python have the same "
+                    "versions there."
                 ) from error
             yield str(Path(context["session_dir"]) / "logs")
         finally:

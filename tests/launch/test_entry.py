@@ -136,6 +136,24 @@ def test_a_queued_job_runs_the_code_and_config_in_the_run_folder(entry: Entry, m
     assert (resumed.cluster.kind, resumed.config.output) == ("slurm", str(entry.output))
 
 
+def test_no_secret_of_who_sends_a_job_is_in_what_is_written_or_shown(
+    entry: Entry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN")
+    for name in names:
+        monkeypatch.setenv(name, f"canary-{name}")
+    monkeypatch.setattr("launch.slurm.submit.submit", lambda script: "7")
+    entry("slurm", "--detach")
+    for kind in KINDS:
+        entry(kind, "--dry-run")
+    written = [path for path in entry.output.rglob("*") if path.is_file()]
+    assert len(written) > 100, "code and job"
+    assert not [path for path in written if b"canary-" in path.read_bytes()]
+    entry.output, entry.shards = Path("/data/runs"), Path("/data/shards")
+    entry("slurm", "--cluster={kind: kuberay, kuberay: {volumes: {mine: /data}, env_secrets: [mine]}}", "--dry-run")
+    assert not [text for text in capsys.readouterr() if "canary-" in text]
+
+
 def test_the_command_that_goes_on_says_all_that_a_machine_without_the_folder_needs(
     entry: Entry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
