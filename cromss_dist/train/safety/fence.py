@@ -34,7 +34,7 @@ def new_ticket(run_dir: Path) -> str:
         while not _try(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline_s:
                 raise OutputExistsError(
-                    f"Workers of an earlier start have worked in {run_dir} for {ENDING_S:.0f} s after they should have ended, and "
+                    f"Workers of an earlier start have worked in {run_dir} for {ENDING_S:.0f} s after they should have ended; "
                     f"two crews would spoil its checkpoints; end these processes (`lslocks` on their machine shows who holds "
                     f"{RANKS_FILE}), and start the run again."
                 )
