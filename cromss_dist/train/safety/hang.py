@@ -19,6 +19,7 @@ from types import TracebackType
 from cromss_dist.errors import HangError
 from cromss_dist.train.safety import hang_watcher
 from cromss_dist.train.safety.failure import STACKS_FILE, error_path
+from cromss_dist.train.safety.fence import RANKS_FILE, shown_ticket
 
 _SIGN = struct.Struct(f"<Q{hang_watcher.PAGE_BYTES - hang_watcher.CLOCK_BYTES}s")
 
@@ -50,7 +51,7 @@ class HangWatch:
         self.beat("start")
         self._socket, watcher_end = socket.socketpair()
         arguments: list[object] = [os.getpid(), self.rank, self.timeout_s, memory_fd, watcher_end.fileno(), self.run_dir]
-        arguments.append(error_path(self.run_dir, self.rank))
+        arguments += [error_path(self.run_dir, self.rank), self.run_dir / RANKS_FILE, shown_ticket()]
         self._watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", hang_watcher.__file__, *map(str, arguments)],
             pass_fds=(memory_fd, watcher_end.fileno()),

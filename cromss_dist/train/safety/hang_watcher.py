@@ -1,4 +1,4 @@
-"""The process beside each rank that sees it hang; `HangWatch` starts it by its path.
+"""The process beside each rank that sees it hang, or outlive its start; `HangWatch` starts it by its path.
 
 Layer 3. A process, since a thread sees nothing while another one holds the interpreter's lock, or while all are stopped.
 Imports the standard library only, so that it costs a few MB and starts at once.
@@ -19,7 +19,17 @@ CLOCK_BYTES = 8  # its beginning: the time of it, which only has to differ from 
 HANG_FILE = "hang.json"  # in the run's folder: tells the watchers of the other ranks
 
 
-def watch(rank_pid: int, rank: int, timeout_s: float, memory_fd: int, socket_fd: int, run_dir: str, error_file: str) -> None:
+def watch(
+    rank_pid: int,
+    rank: int,
+    timeout_s: float,
+    memory_fd: int,
+    socket_fd: int,
+    run_dir: str,
+    error_file: str,
+    ticket_file: str,
+    ticket: str,
+) -> None:
     """Looks for signs of life until the rank ends, ends the watch, or is ended for want of them.
 
     Args:
@@ -30,6 +40,8 @@ def watch(rank_pid: int, rank: int, timeout_s: float, memory_fd: int, socket_fd:
         socket_fd: Where the rank says that the watch is over, and where a byte ends the rank.
         run_dir: Folder of the run.
         error_file: Where to say what happened, for the launcher.
+        ticket_file: Has another content once a later start works in the folder: then the rank is ended, and writes nothing.
+        ticket: Its content until then; empty: nobody looks.
     """
     memory = mmap.mmap(memory_fd, PAGE_BYTES, access=mmap.ACCESS_READ)
     hang_file = os.path.join(run_dir, HANG_FILE)
@@ -38,6 +50,9 @@ def watch(rank_pid: int, rank: int, timeout_s: float, memory_fd: int, socket_fd:
     seen, silent_s, looked_s = memory[:], 0.0, time.monotonic()
     while silent_s < timeout_s and _signature(hang_file) == earlier:
         if select.select([socket_fd], [], [], period_s)[0] or os.getppid() != rank_pid:
+            return
+        if ticket and _content(ticket_file) not in (ticket, None):
+            os.kill(rank_pid, signal.SIGKILL)
             return
         now_s = time.monotonic()
         # Time in which this process was stopped, too (Ctrl-Z), is no silence of the rank.
@@ -83,6 +98,13 @@ def _signature(path: str) -> tuple[int, int] | None:
     return None
 
 
+def _content(path: str) -> str | None:
+    """Of a small file; None where it cannot be read now."""
+    with suppress(OSError), open(path) as file:
+        return file.read()
+    return None
+
+
 def _write(path: str, content: dict[str, object]) -> None:
     """A whole file or none; a disk that refuses must not keep the rank from being ended."""
     staged = f"{path}.{content['rank']}"  # processes of two machines may have one number
@@ -98,4 +120,4 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # meant for the rank, sent to all of its group
     arguments = sys.argv[1:]
-    watch(int(arguments[0]), int(arguments[1]), float(arguments[2]), int(arguments[3]), int(arguments[4]), *arguments[5:7])
+    watch(int(arguments[0]), int(arguments[1]), float(arguments[2]), int(arguments[3]), int(arguments[4]), *arguments[5:9])

@@ -10,7 +10,9 @@ import pytest
 from cromss_dist.errors import OutputExistsError
 from cromss_dist.train.run.folder import working_in
 from cromss_dist.train.safety import fence
+from cromss_dist.train.safety.failure import read_error
 from cromss_dist.train.safety.fence import admitted, new_ticket
+from cromss_dist.train.safety.hang import HangWatch
 from tests.forkserver import FORKSERVER
 
 
@@ -43,6 +45,23 @@ def test_a_folder_is_not_taken_over_while_a_rank_of_a_killed_launcher_lives(
     with working_in(tmp_path, "cromss pretrain", fresh=True):
         pass
     rank.join()
+
+
+def hang(folder: Path, ticket: str, pipe: Connection) -> None:
+    with admitted(folder, ticket), HangWatch(folder, 0, 600):
+        pipe.send(os.getpid())
+        pipe.recv()
+
+
+def test_a_rank_that_hangs_is_ended_by_the_next_start_and_leaves_no_error(tmp_path: Path) -> None:
+    ours, theirs = FORKSERVER.Pipe()
+    rank = FORKSERVER.Process(target=hang, args=(tmp_path, new_ticket(tmp_path), theirs))
+    rank.start()
+    ours.recv()
+    new_ticket(tmp_path)
+    rank.join()
+    assert rank.exitcode == -signal.SIGKILL
+    assert read_error(tmp_path) is None
 
 
 def test_a_rank_that_comes_late_is_not_let_in(tmp_path: Path) -> None:
