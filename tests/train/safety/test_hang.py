@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_a_hang_ends_every_rank_with_its_stacks_on_disk(tmp_path: Path, how: int
     assert TIMEOUT_S <= content_of(tmp_path / HANG_FILE)["silent_s"] <= 1.2 * TIMEOUT_S
     error = read_error(tmp_path)
     assert isinstance(error, HangError)
-    assert "gave no sign of life for 2.0 s after" in str(error)
+    assert re.search(r"gave no sign of life for 2\.\d s after", str(error))
     # Nobody else says it where a rank is its own launcher.
     assert f"HangError: {error} It goes on with: --resume {tmp_path}\n" in ranks.output(0) + ranks.output(1)
 
