@@ -1,6 +1,7 @@
 """Fixtures that several parts share: a ready MLflow store and small encoder packages."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from cromss_dist.schema import BANDS, NORMALISATION, Modality
 from cromss_dist.tracking.card import EncoderCard
 from cromss_dist.tracking.package import write_package
 from cromss_dist.tracking.store import initialise_store
+
+
+def pytest_configure() -> None:
+    """Ctrl-C as at a terminal: what a shell starts in its background ignores it, and so would what tests start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
