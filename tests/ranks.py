@@ -53,14 +53,14 @@ class Ranks:
     Args:
         program: What a rank runs.
         world: Number of ranks.
-        folder: The program's second argument; the hidden `.ranks` in it is this class's own.
+        folder: The program's second argument; the hidden `.rendezvous` in it is this class's own.
         args: The program's further arguments.
         timeout_s: A rank that runs longer ends with 1 after printing the stacks of its threads.
     """
 
     def __init__(self, program: Program, world: int, folder: Path, *args: Any, timeout_s: float = 120) -> None:
         self.timeout_s = timeout_s
-        self._own = folder / ".ranks" / uuid.uuid4().hex
+        self._own = folder / ".rendezvous" / uuid.uuid4().hex
         self._told = False
         self._processes: list[BaseProcess] = [
             FORKSERVER.Process(target=_rank, args=(program, rank, world, folder, self._own, timeout_s, dict(os.environ), args))
