@@ -31,6 +31,7 @@ from cromss_dist.errors import CromssError
 from cromss_dist.world import join
 from tests.forkserver import FORKSERVER, preload
 
+OWN_FOLDER = ".rendezvous"
 preload("pytest", "tests.ranks_preload", "tests.ranks")
 
 Program = Callable[..., None]
@@ -53,14 +54,14 @@ class Ranks:
     Args:
         program: What a rank runs.
         world: Number of ranks.
-        folder: The program's second argument; the hidden `.rendezvous` in it is this class's own.
+        folder: The program's second argument; the hidden `OWN_FOLDER` in it is this class's own.
         args: The program's further arguments.
         timeout_s: A rank that runs longer ends with 1 after printing the stacks of its threads.
     """
 
     def __init__(self, program: Program, world: int, folder: Path, *args: Any, timeout_s: float = 120) -> None:
         self.timeout_s = timeout_s
-        self._own = folder / ".rendezvous" / uuid.uuid4().hex
+        self._own = folder / OWN_FOLDER / uuid.uuid4().hex
         self._told = False
         self._processes: list[BaseProcess] = [
             FORKSERVER.Process(target=_rank, args=(program, rank, world, folder, self._own, timeout_s, dict(os.environ), args))

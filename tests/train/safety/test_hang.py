@@ -16,7 +16,7 @@ from cromss_dist.train.safety.failure import error_path, read_error, set_aside_e
 from cromss_dist.train.safety.hang import HangWatch
 from cromss_dist.train.safety.hang_watcher import HANG_FILE
 from cromss_dist.world import World
-from tests.ranks import Ranks, run_ranks
+from tests.ranks import OWN_FOLDER, Ranks, run_ranks
 
 TIMEOUT_S = 2.0
 
@@ -86,7 +86,7 @@ def live(world: World, folder: Path, seconds: float, timeout_s: float) -> None:
 
 def test_a_rank_that_gives_signs_of_life_runs_to_its_end_and_leaves_nothing(tmp_path: Path) -> None:
     assert run_ranks(live, 1, tmp_path, 1.5 * TIMEOUT_S, TIMEOUT_S) == [0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".ranks", "watcher-0"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [OWN_FOLDER, "watcher-0"]
     assert not runs(int((tmp_path / "watcher-0").read_text()))
 
 
