@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cromss_dist.encoders import load_encoder
+    from cromss_dist.encoders.load import load_encoder
 
 __all__ = ["__version__", "load_encoder"]
 __version__ = "0.1.0"
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     if name == "load_encoder":
-        from cromss_dist.encoders import load_encoder
+        from cromss_dist.encoders.load import load_encoder
 
         return load_encoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

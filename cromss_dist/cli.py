@@ -16,7 +16,7 @@ from cromss_dist import __version__
 from cromss_dist.errors import main_guard
 
 if TYPE_CHECKING:
-    from cromss_dist.tracking.registry import RegisteredEncoder
+    from cromss_dist.tracking.registry.registry import RegisteredEncoder
 
 _REF_HELP = "name@alias or name/version, e.g. cromss-resnet50-s2@candidate"
 
@@ -217,7 +217,7 @@ The store is --tracking_uri, else CROMSS_TRACKING_URI, else MLFLOW_TRACKING_URI,
 
 
 def _list(options: argparse.Namespace) -> None:
-    from cromss_dist.tracking.registry import Registry
+    from cromss_dist.tracking.registry.registry import Registry
 
     entries = Registry(options.tracking_uri).list()
     if options.json:
@@ -239,7 +239,7 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from cromss_dist.tracking.registry import Registry
+    from cromss_dist.tracking.registry.registry import Registry
 
     entry, card = Registry(options.tracking_uri).show(options.ref)
     if options.json:
@@ -270,7 +270,7 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _pull(options: argparse.Namespace) -> None:
-    from cromss_dist.tracking.registry import Registry
+    from cromss_dist.tracking.registry.registry import Registry
 
     folder = Registry(options.tracking_uri).pull(options.ref, options.destination)
     if options.json:

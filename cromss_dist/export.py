@@ -18,11 +18,11 @@ from cromss_dist.errors import StorageError
 from cromss_dist.models.encoder import stage_channels
 from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.schema import MODALITIES, Modality
-from cromss_dist.tracking.card import EncoderCard
-from cromss_dist.tracking.package import write_package
-from cromss_dist.tracking.registry import Registry
+from cromss_dist.tracking.package.card import EncoderCard
+from cromss_dist.tracking.package.folder import write_package
+from cromss_dist.tracking.registry.registry import Registry
 from cromss_dist.tracking.revision import git_revision
-from cromss_dist.tracking.runs import flatten
+from cromss_dist.tracking.run.runs import flatten
 from cromss_dist.train.loop import Pretraining
 from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.run.folder import WEIGHTS_FILE, RunSummary, write_summary

@@ -18,13 +18,13 @@ from cromss_dist.export import export
 from cromss_dist.losses import CromssLoss
 from cromss_dist.parse import CONFIG_FILE, ParsedRun, to_yaml
 from cromss_dist.tracking.revision import git_revision
-from cromss_dist.tracking.runs import RunTracker
+from cromss_dist.tracking.run.runs import RunTracker
+from cromss_dist.tracking.run.spool import read_events, tell
 from cromss_dist.train.checkpoint.store import Checkpoints
 from cromss_dist.train.figures.profile import Profile
 from cromss_dist.train.loop import Pretraining, Safeguards
 from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.run.continuation import changes_of
-from cromss_dist.train.run.events import read_events, tell
 from cromss_dist.train.run.folder import RunSummary, mark_as_begun, new_run_dir, read_summary, working_in
 from cromss_dist.train.run.record import Record
 from cromss_dist.train.run.watch import watching

@@ -21,9 +21,9 @@ from cromss_dist.data.staging import write_atomically
 from cromss_dist.errors import ConfigError, PreemptedError, RegistryError, main_guard
 from cromss_dist.parse import CONFIG_FILE, ParsedRun, parse_run, to_yaml, write_yaml
 from cromss_dist.pretrain import report
-from cromss_dist.tracking.runs import end_run
+from cromss_dist.tracking.run.runs import end_run
+from cromss_dist.tracking.run.spool import read_events
 from cromss_dist.train.preflight import Preflight
-from cromss_dist.train.run.events import read_events
 from cromss_dist.train.run.folder import RunSummary, working_in
 from cromss_dist.train.run.watch import watching
 from launch.driver import drive

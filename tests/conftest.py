@@ -13,8 +13,8 @@ from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.synthetic import SyntheticConfig, write_archive
 from cromss_dist.models.encoder import build_encoder, stage_channels
 from cromss_dist.schema import BANDS, NORMALISATION, Modality
-from cromss_dist.tracking.card import EncoderCard
-from cromss_dist.tracking.package import write_package
+from cromss_dist.tracking.package.card import EncoderCard
+from cromss_dist.tracking.package.folder import write_package
 from cromss_dist.tracking.store import initialise_store
 
 

@@ -13,8 +13,8 @@ from cromss_dist.data.loading.augment import train_example
 from cromss_dist.errors import DivergenceError
 from cromss_dist.replay import replay
 from cromss_dist.schema import Example
+from cromss_dist.tracking.run.spool import read_events
 from cromss_dist.train.checkpoint import writer
-from cromss_dist.train.run.events import read_events
 from cromss_dist.world import World
 from tests.ranks import Ranks, run_ranks
 from tests.whole_runs import of_steps, small_run, start_folder, trace_of, traced_run

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from cromss_dist.cli import build_parser, main
-from cromss_dist.tracking.package import check_package
-from cromss_dist.tracking.registry import Registry
-from cromss_dist.tracking.runs import RunTracker
+from cromss_dist.tracking.package.folder import check_package
+from cromss_dist.tracking.registry.registry import Registry
+from cromss_dist.tracking.run.runs import RunTracker
 
 NAME = "cromss-resnet18-s2"
 

@@ -15,10 +15,10 @@ from cromss_dist.config import EngineConfig, LossConfig, ModelConfig, ReadingCon
 from cromss_dist.errors import CheckpointError
 from cromss_dist.parse import CONFIG_FILE, parse_run
 from cromss_dist.schema import MODALITIES
-from cromss_dist.tracking.registry import Registry
+from cromss_dist.tracking.registry.registry import Registry
+from cromss_dist.tracking.run.spool import read_events
 from cromss_dist.tracking.store import connect
 from cromss_dist.train.run.continuation import changes_of
-from cromss_dist.train.run.events import read_events
 from cromss_dist.train.run.folder import read_summary, working_in
 from cromss_dist.world import World
 from tests.ranks import run_ranks

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cromss_dist.errors import PreemptedError
-from cromss_dist.train.run.events import read_events
+from cromss_dist.tracking.run.spool import read_events
 from cromss_dist.train.run.folder import read_summary
 from launch.node import check_free
 from tests.cluster.conftest import wait_for

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cromss_dist.errors import ClusterError
-from cromss_dist.train.run.events import read_events
+from cromss_dist.tracking.run.spool import read_events
 from tests.cluster.conftest import Cluster, StartJob, wait_for
 from tests.cluster.hosts import Host, Hosts
 from tests.launch.conftest import ROOT, environment

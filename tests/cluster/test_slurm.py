@@ -13,7 +13,7 @@ from cromss_dist.cluster import CLUSTER_FILE, ClusterConfig, SlurmConfig
 from cromss_dist.config import LaunchConfig
 from cromss_dist.errors import ClusterError
 from cromss_dist.parse import to_yaml
-from cromss_dist.train.run.events import read_events
+from cromss_dist.tracking.run.spool import read_events
 from launch.slurm.script import write_job
 from launch.slurm.submit import submit
 from tests.cluster.hosts import Host

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from cromss_dist.errors import ClusterError
-from cromss_dist.train.run.events import read_events
+from cromss_dist.tracking.run.spool import read_events
 from cromss_dist.train.run.folder import read_summary
 from tests.cluster.conftest import Cluster, Job, StartJob, wait_for
 from tests.cluster.hosts import Host, Hosts

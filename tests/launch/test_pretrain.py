@@ -21,8 +21,8 @@ from cromss_dist.data.store.index import open_shards
 from cromss_dist.errors import BandError, ConfigError
 from cromss_dist.parse import parse_run
 from cromss_dist.schema import NORMALISATION, S2_BANDS
+from cromss_dist.tracking.run.spool import read_events
 from cromss_dist.tracking.store import connect
-from cromss_dist.train.run.events import read_events
 from launch.elastic import num_workers
 from tests.launch.conftest import ROOT, SMALL, Run, environment
 

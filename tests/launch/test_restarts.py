@@ -28,7 +28,7 @@ from cromss_dist.errors import (
     ShardError,
     TrainingError,
 )
-from cromss_dist.train.run.events import read_events
+from cromss_dist.tracking.run.spool import read_events
 from cromss_dist.train.run.folder import working_in
 from cromss_dist.train.safety.failure import write_error
 from cromss_dist.train.safety.stop import RESIZE_FILE, STOP_FILE, request_resize, request_stop, stop_requested

@@ -17,9 +17,9 @@ import pytest
 
 from cromss_dist.config import CheckpointConfig, DataConfig, EngineConfig, ModelConfig, RunConfig, TrackingConfig, TrainConfig
 from cromss_dist.errors import PreemptedError
+from cromss_dist.tracking.run.spool import read_events
 from cromss_dist.tracking.store import connect
 from cromss_dist.train.checkpoint.store import Checkpoints
-from cromss_dist.train.run.events import read_events
 from cromss_dist.train.safety.guard import Guard
 from cromss_dist.train.safety.hang import HangWatch
 from cromss_dist.world import World

@@ -10,9 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cromss_dist.tracking.runs import RunTracker
+from cromss_dist.tracking.run.runs import RunTracker
+from cromss_dist.tracking.run.spool import EVENTS_FILE, append_event, read_events
 from cromss_dist.train.checkpoint.store import Committed
-from cromss_dist.train.run.events import EVENTS_FILE, append_event, read_events
 
 
 class Record:

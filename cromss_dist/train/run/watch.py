@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from cromss_dist.train.run.events import EVENTS_FILE, Tail
+from cromss_dist.tracking.run.spool import EVENTS_FILE, Tail
 
 POLL_S = 0.2
 LINES_OFF_TERMINAL = 10  # of progress, over a run

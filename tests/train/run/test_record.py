@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import matplotlib.pyplot as plt
 
-from cromss_dist.tracking.runs import RunTracker
+from cromss_dist.tracking.run.runs import RunTracker
+from cromss_dist.tracking.run.spool import EVENTS_FILE, read_events
 from cromss_dist.train.checkpoint.store import Committed
-from cromss_dist.train.run.events import EVENTS_FILE, read_events
 from cromss_dist.train.run.record import Record
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cromss_dist.train.run.events import EVENTS_FILE, append_event, read_events
+from cromss_dist.tracking.run.spool import EVENTS_FILE, append_event, read_events
 from cromss_dist.train.run.watch import watching
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cromss_dist.errors import OutputExistsError, PackageError, RegistryError
-from cromss_dist.tracking.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
-from cromss_dist.tracking.package import FILES, card_sha256, check_package, place
+from cromss_dist.tracking.package.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
+from cromss_dist.tracking.package.folder import FILES, card_sha256, check_package, place
 from cromss_dist.tracking.store import connect, mlflow_errors, tracking_uri
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 from cromss_dist.config import DataConfig, RunConfig
 from cromss_dist.errors import RegistryError, StorageError
 from cromss_dist.pretrain import record_config
-from cromss_dist.tracking.runs import RunTracker, flatten
+from cromss_dist.tracking.run.runs import RunTracker, flatten
 from cromss_dist.tracking.store import connect, sqlite_path, tracking_uri
 
 
@@ -207,7 +207,7 @@ def test_processes_that_start_together_share_one_store_and_experiment(tmp_path: 
     code = """
 import sys, time, pathlib
 from cromss_dist.pretrain import record_config
-from cromss_dist.tracking.runs import RunTracker
+from cromss_dist.tracking.run.runs import RunTracker
 from cromss_dist.tracking import store
 store._import_mlflow()
 print("ready", flush=True)

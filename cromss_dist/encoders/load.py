@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cromss_dist.errors import BandError, PackageError
 from cromss_dist.models.encoder import build_encoder, load_strictly, stage_channels, stage_features, to_smp, to_timm
-from cromss_dist.tracking.card import EncoderCard
-from cromss_dist.tracking.package import read_package
-from cromss_dist.tracking.registry import Registry, parse_ref
+from cromss_dist.tracking.package.card import EncoderCard
+from cromss_dist.tracking.package.folder import read_package
+from cromss_dist.tracking.registry.registry import Registry, parse_ref
 
 
 class PretrainedEncoder(nn.Module):

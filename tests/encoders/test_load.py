@@ -9,15 +9,15 @@ import torch
 
 import cromss_dist
 from cromss_dist.config import ModelConfig
-from cromss_dist.encoders import load_encoder
+from cromss_dist.encoders.load import load_encoder
 from cromss_dist.errors import BandError, ConfigError, PackageError, RegistryError
 from cromss_dist.models.encoder import stage_features
 from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.schema import S2_9, S2_BANDS, S2_NORMALISATION
-from cromss_dist.tracking.card import EncoderCard
-from cromss_dist.tracking.package import read_package, write_package
-from cromss_dist.tracking.registry import Registry
-from cromss_dist.tracking.runs import RunTracker
+from cromss_dist.tracking.package.card import EncoderCard
+from cromss_dist.tracking.package.folder import read_package, write_package
+from cromss_dist.tracking.registry.registry import Registry
+from cromss_dist.tracking.run.runs import RunTracker
 
 NAME = "cromss-resnet18-s2"
 MakeCard = Callable[..., EncoderCard]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from cromss_dist.errors import OutputExistsError, PackageError
-from cromss_dist.tracking.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
-from cromss_dist.tracking.package import card_sha256, check_package, read_package, write_package
-from tests.tracking.payload import Payload
+from cromss_dist.tracking.package.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
+from cromss_dist.tracking.package.folder import card_sha256, check_package, read_package, write_package
+from tests.tracking.package.payload import Payload
 
 MakeCard = Callable[..., EncoderCard]
 STATE = {"conv.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3), "norm.count": torch.tensor(7)}

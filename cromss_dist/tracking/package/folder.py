@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import safetensors
 
 from cromss_dist.errors import OutputExistsError, PackageError
-from cromss_dist.tracking.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
+from cromss_dist.tracking.package.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
 
 if TYPE_CHECKING:
     from torch import Tensor

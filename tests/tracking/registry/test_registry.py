@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from cromss_dist.errors import OutputExistsError, PackageError, RegistryError
-from cromss_dist.tracking.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
-from cromss_dist.tracking.package import check_package, read_package, write_package
-from cromss_dist.tracking.registry import RegisteredEncoder, Registry
-from cromss_dist.tracking.runs import RunTracker
+from cromss_dist.tracking.package.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
+from cromss_dist.tracking.package.folder import check_package, read_package, write_package
+from cromss_dist.tracking.registry.registry import RegisteredEncoder, Registry
+from cromss_dist.tracking.run.runs import RunTracker
 from cromss_dist.tracking.store import connect, sqlite_path
-from tests.tracking.payload import Payload
+from tests.tracking.package.payload import Payload
 
 NAME = "cromss-resnet18-s2"
 

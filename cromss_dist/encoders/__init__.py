@@ -1,0 +1,1 @@
+"""Pretrained encoders for downstream work: loaded, handed to other libraries, imported, published."""

@@ -1,0 +1,1 @@
+"""An encoder package: what a registered encoder is."""

@@ -1,0 +1,1 @@
+"""The registry of encoders, on MLflow's model registry."""

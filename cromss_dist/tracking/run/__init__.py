@@ -1,0 +1,1 @@
+"""A run: its spool on disk, and how that reaches MLflow."""
