@@ -16,7 +16,7 @@ help:
 	@echo "make clean               removes demo/ (not .venv)"
 
 $(READY): requirements.lock pyproject.toml
-	@echo "Installing the locked environment into $(VENV) (2.5 GB, more with CUDA; some minutes) ..."
+	@echo "Installing the locked environment into $(VENV) (3.3 GB, more with CUDA; some minutes) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
