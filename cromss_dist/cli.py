@@ -5,20 +5,14 @@ latter, so that `cromss --help` and `cromss registry list` stay quick.
 """
 
 import argparse
-import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cromss_dist import __version__
+from cromss_dist.commands.registry import add_registry
 from cromss_dist.errors import main_guard
-
-if TYPE_CHECKING:
-    from cromss_dist.tracking.registry.registry import RegisteredEncoder
-
-_REF_HELP = "name@alias or name/version, e.g. cromss-resnet50-s2@candidate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_plan(commands)
     _add_probe(commands)
-    _add_registry(commands)  # further commands go here, one `_add_<command>` each
+    add_registry(commands)  # further commands go here, one `_add_<command>` each
     return parser
 
 
@@ -168,138 +162,6 @@ def _probe(options: argparse.Namespace) -> None:
     from cromss_dist.plan.command import run_probe
 
     run_probe(options)
-
-
-def _add_registry(commands: Any) -> None:
-    registry = commands.add_parser(
-        "registry",
-        help="list, show and fetch registered encoders",
-        description="Registered encoders: named models, numbered versions, movable aliases.",
-        epilog="""examples:
-  cromss registry list
-  cromss registry show cromss-resnet50-s2@candidate
-  cromss registry pull cromss-resnet50-s2/3 encoders/s2
-
-then, in Python:
-  encoder = cromss_dist.load_encoder("cromss-resnet50-s2@candidate", bands=["B2", "B3", ...])
-
-The store is --tracking_uri, else CROMSS_TRACKING_URI, else MLFLOW_TRACKING_URI, else runs/mlflow.db here.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = registry.add_subparsers(required=True, metavar="ACTION")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--tracking_uri", metavar="URI", help="MLflow store, e.g. sqlite:///runs/mlflow.db or http://host:5000")
-    common.add_argument("--json", action="store_true", help="print JSON for scripts instead of tables")
-
-    show_all = actions.add_parser(
-        "list", parents=[common], help="every version of every encoder", description="Lists all encoders."
-    )
-    show_all.set_defaults(run=_list)
-
-    show = actions.add_parser(
-        "show",
-        parents=[common],
-        help="one encoder's card",
-        description="Fetches an encoder, checks every hash and shows its card.",
-    )
-    show.add_argument("ref", metavar="REF", help=_REF_HELP)
-    show.set_defaults(run=_show)
-
-    pull = actions.add_parser(
-        "pull",
-        parents=[common],
-        help="fetch an encoder to a folder",
-        description="Fetches an encoder's package and checks every hash; the folder appears whole or not at all.",
-    )
-    pull.add_argument("ref", metavar="REF", help=_REF_HELP)
-    pull.add_argument("destination", metavar="DST", type=Path, help="folder to create; one that holds this very package is kept")
-    pull.set_defaults(run=_pull)
-
-
-def _list(options: argparse.Namespace) -> None:
-    from cromss_dist.tracking.registry.registry import Registry
-
-    entries = Registry(options.tracking_uri).list()
-    if options.json:
-        _print_json([_plain(entry) for entry in entries])
-        return
-    rows = [
-        (
-            entry.name,
-            str(entry.version),
-            " ".join(f"@{alias}" for alias in entry.aliases),
-            entry.tags.get("encoder", "?"),
-            entry.tags.get("fusion", "?"),
-            entry.tags.get("bands", "?").replace(",", " "),
-            f"{entry.created:%Y-%m-%d %H:%M}" + ("" if entry.verified else "  NOT VERIFIED"),
-        )
-        for entry in entries
-    ]
-    _print_table("Registered encoders", ("model", "version", "aliases", "encoder", "fusion", "bands", "created (UTC)"), rows)
-
-
-def _show(options: argparse.Namespace) -> None:
-    from cromss_dist.tracking.registry.registry import Registry
-
-    entry, card = Registry(options.tracking_uri).show(options.ref)
-    if options.json:
-        _print_json({**_plain(entry), "card": json.loads(card.to_json())})
-        return
-    contract = card.normalisation
-    bands = (f"{b} {m:g} +- {s:g}" for b, m, s in zip(contract.bands, contract.mean, contract.std, strict=True))
-    rows = [
-        ("reference", entry.ref + "".join(f"  @{alias}" for alias in entry.aliases)),
-        ("modality", card.modality),
-        ("bands, in order", " ".join(card.bands)),
-        ("input", f"float in [{card.input_range[0]:g}, {card.input_range[1]:g}] = uint8 / 255; values in {contract.units}"),
-        ("uint8", contract.rule),
-        ("mean +- std", "\n".join(bands)),
-        ("encoder", f"{card.encoder}, depth {card.depth}"),
-        ("feature maps", ", ".join(f"{c} at 1/{s}" for c, s in zip(card.out_channels, card.strides, strict=True))),
-        ("trained with", f"{card.fusion} fusion, classes {', '.join(card.classes)}"),
-        ("metrics", "\n".join(f"{key} {value:g}" for key, value in sorted(card.metrics.items())) or "none"),
-        ("run", card.run_id),
-        ("config sha256", card.config_digest),
-        ("data manifest", card.manifest_digest),
-        ("code", card.git_revision),
-        ("versions", ", ".join(f"{package} {version}" for package, version in sorted(card.versions.items()))),
-        ("licence", card.licence),
-        ("files", "\n".join(f"{name} sha256 {digest}" for name, digest in card.files.items())),
-    ]
-    _print_table(f"{entry.ref}: every hash checked", ("", ""), rows)
-
-
-def _pull(options: argparse.Namespace) -> None:
-    from cromss_dist.tracking.registry.registry import Registry
-
-    folder = Registry(options.tracking_uri).pull(options.ref, options.destination)
-    if options.json:
-        _print_json({"ref": options.ref, "folder": str(folder)})
-    else:
-        print(f"{options.ref} is at {folder}, every hash checked. Load it: cromss_dist.load_encoder({str(folder)!r})")
-
-
-def _plain(entry: "RegisteredEncoder") -> dict[str, Any]:
-    return {**dataclasses.asdict(entry), "created": entry.created.isoformat(), "verified": entry.verified, "ref": entry.ref}
-
-
-def _print_json(content: object) -> None:
-    print(json.dumps(content, indent=2))
-
-
-def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not rows:
-        print("No encoder is registered yet.")
-        return
-    table = Table(*header, title=title, show_header=any(header), title_justify="left")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: names and tags are not rich's markup
-    # A pipe has no width: nothing must be cut there.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The commands of `cromss` that are more than one function."""
