@@ -547,3 +547,15 @@ def plan_batches(engine: EngineConfig, world_size: int) -> BatchPlan:
             "(null derives it) or engine.accumulation_steps."
         )
     return BatchPlan(engine.global_batch, micro, accumulation, world_size)
+
+
+def valid_worlds(engine: EngineConfig, least: int, most: int) -> tuple[int, ...]:
+    """Numbers of ranks from `least` to `most` that the batch divides over, in this order."""
+    worlds = []
+    for world in range(least, most + 1):
+        try:
+            plan_batches(engine, world)
+        except BatchError:
+            continue
+        worlds.append(world)
+    return tuple(worlds)

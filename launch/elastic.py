@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from cromss_dist.cluster import ClusterConfig, Crew
-from cromss_dist.config import RunConfig, plan_batches
-from cromss_dist.errors import BatchError, ClusterError, ConfigError, PreemptedError
+from cromss_dist.config import RunConfig, plan_batches, valid_worlds
+from cromss_dist.errors import ClusterError, ConfigError, PreemptedError
 from cromss_dist.train.safety.stop import request_resize, stop_requested
 from cromss_dist.world import choose_device
 
@@ -85,16 +85,10 @@ class Demand:
         Raises:
             BatchError: the global batch divides by no number of workers between the least and the most.
         """
-        worlds = []
-        for world in range(crew.most, crew.least - 1, -1):
-            try:
-                plan_batches(config.engine, world)
-            except BatchError:
-                continue
-            worlds.append(world)
+        worlds = valid_worlds(config.engine, crew.least, crew.most)
         if not worlds:
             plan_batches(config.engine, crew.most)  # says which batches would do
-        return cls(tuple(worlds), config.launch.cpus_per_worker, gpus, per_node)
+        return cls(worlds[::-1], config.launch.cpus_per_worker, gpus, per_node)
 
     def room(self, node: Node) -> int:
         """Workers that a machine can take."""

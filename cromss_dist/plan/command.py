@@ -12,12 +12,12 @@ from pathlib import Path
 from rich.console import Console
 
 from cromss_dist.cluster import ClusterConfig
-from cromss_dist.config import EngineConfig, RunConfig
+from cromss_dist.config import EngineConfig, RunConfig, valid_worlds
 from cromss_dist.errors import ConfigError
 from cromss_dist.parse import parse_run
 from cromss_dist.plan.collectives import Layout
 from cromss_dist.plan.machine import Link, Machine
-from cromss_dist.plan.plan import Plan, Samples, valid_worlds
+from cromss_dist.plan.plan import Plan, Samples
 from cromss_dist.plan.probe import probe
 from cromss_dist.plan.report import as_json, show, show_scaling
 from cromss_dist.plan.sheets import named_machine
@@ -91,7 +91,8 @@ def _scaling(config: RunConfig, machine: Machine, samples: Samples, options: arg
     each = options.gpus or _NODE
     worlds = [2**power for power in range(options.scaling.bit_length())]
     if not options.weak:
-        worlds = [world for world in worlds if world in valid_worlds(config, options.scaling)]
+        valid = valid_worlds(config.engine, 1, options.scaling)
+        worlds = [world for world in worlds if world in valid]
     plans = []
     for world in worlds:
         engine: EngineConfig = config.engine

@@ -4,10 +4,9 @@ Layer 4.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cromss_dist.config import BatchPlan, RunConfig, plan_batches
+from cromss_dist.config import BatchPlan, RunConfig, plan_batches, valid_worlds
 from cromss_dist.data.loading.run_data import RunData
 from cromss_dist.errors import BatchError
 from cromss_dist.plan.collectives import Layout, links_of
@@ -121,7 +120,7 @@ class Plan:
         try:
             batches = plan_batches(config.engine, layout.world)
         except BatchError as error:
-            worlds = ", ".join(map(str, valid_worlds(config, 2 * layout.world)))
+            worlds = ", ".join(map(str, valid_worlds(config.engine, 1, 2 * layout.world)))
             raise BatchError(
                 f"{error} It divides over {worlds or 'no number of'} workers, of up to {2 * layout.world}."
             ) from error
@@ -191,18 +190,6 @@ class Plan:
     def flags(self) -> tuple[str, ...]:
         """What degenerates, each with what to do."""
         return tuple(_flags(self))
-
-
-def valid_worlds(config: RunConfig, most: int) -> Sequence[int]:
-    """Numbers of ranks up to `most` that the batch divides over."""
-    worlds = []
-    for world in range(1, most + 1):
-        try:
-            plan_batches(config.engine, world)
-        except BatchError:
-            continue
-        worlds.append(world)
-    return worlds
 
 
 def lr_advice(config: RunConfig) -> str:

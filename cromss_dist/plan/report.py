@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cromss_dist.plan.plan import STAGES, Plan, lr_advice, valid_worlds
+from cromss_dist.config import valid_worlds
+from cromss_dist.plan.plan import STAGES, Plan, lr_advice
 from cromss_dist.plan.predict import Range
 
 _GIB, _MIB = 2**30, 2**20
@@ -76,7 +77,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "nodes": plan.layout.nodes,
         "per_node": plan.layout.per_node,
         "batch": asdict(plan.batches),
-        "valid_worlds": list(valid_worlds(plan.config, 2 * plan.layout.world)),
+        "valid_worlds": list(valid_worlds(plan.config.engine, 1, 2 * plan.layout.world)),
         "steps_per_epoch": plan.timeline.steps_per_epoch,
         "total_steps": plan.timeline.total_steps,
         "learning_rate": lr_advice(plan.config),
