@@ -1,0 +1,84 @@
+"""The whole run.
+
+Layer 1.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cromss_dist.config.check import require
+from cromss_dist.config.data import DataConfig
+from cromss_dist.config.engine import EngineConfig
+from cromss_dist.config.operation import CheckpointConfig, FaultConfig, LaunchConfig, TrackingConfig
+from cromss_dist.config.recipe import LossConfig, ModelConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A pretraining run.
+
+    Args:
+        name: Name of the run: its folder under `output` and its MLflow run.
+        output: Folder of runs; the MLflow store lies here by default.
+        seed: Seeds weights, data order, season and augmentation draws, and the validation split.
+        data: What is read.
+        model: The networks.
+        loss: CromSS.
+        train: Length, learning rate, validation.
+        engine: How a step is computed.
+        checkpoint: When the run is saved.
+        faults: What becomes of bad steps and hanging ranks.
+        tracking: MLflow run and registry.
+        launch: Processes.
+    """
+
+    name: str = "pretrain"
+    output: str = "runs"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
+        require(ok, "name", self.name, "use letters, digits, '.', '_' and '-', starting with a letter or digit")
+        side = 2**self.model.encoder_depth
+        require(
+            self.data.crop_px % side == 0,
+            "data.crop_px",
+            self.data.crop_px,
+            f"give a multiple of {side} = 2 ** model.encoder_depth",
+        )
+
+    def with_absolute_paths(self) -> "RunConfig":
+        """The same config with paths that hold in every worker, whatever its working directory."""
+        tracking, sqlite = self.tracking, "sqlite:///"
+        if tracking.uri is not None and tracking.uri.startswith(sqlite):
+            tracking = replace(tracking, uri=f"{sqlite}{Path(tracking.uri.removeprefix(sqlite)).absolute()}")
+        return replace(self, data=self.data.with_absolute_paths(), tracking=tracking, output=str(Path(self.output).absolute()))
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow store of the run: the config's, or SQLite in the folder of runs."""
+        return self.tracking.uri or f"sqlite:///{Path(self.output).absolute() / 'mlflow.db'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict of JSON types."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the resolved config."""
+        content = self.to_dict()
+        content["data"]["shards"] = list(self.data.weights.items())  # in order: it numbers the samples of a mixture
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
