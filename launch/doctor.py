@@ -19,6 +19,7 @@ from cromss_dist.doctor.node import MARK, Report, report_of
 from cromss_dist.doctor.storage import nearest
 from cromss_dist.errors import ClusterError, ConfigError, StorageError, main_guard
 from launch.session import ROOT, cluster
+from launch.slurm.script import resources
 
 PROG = "python launch/doctor.py"
 DESCRIPTION = """Examines every machine of a cluster for a run: each one as `cromss doctor` does, and together whether they share
@@ -118,13 +119,9 @@ def on_slurm(request: Request, folder: str) -> list[Report]:
 
 def srun_command(config: ClusterConfig, cpus: int) -> list[str]:
     """The step: one task on each machine, with what a run would take there."""
-    slurm = config.slurm
     command = ["srun", f"--nodes={config.nodes}", f"--ntasks={config.nodes}", "--ntasks-per-node=1", f"--cpus-per-task={cpus}"]
     command += ["--job-name=cromss-doctor", "--time=20", f"--immediate={max(1, int(config.wait_s))}", "--kill-on-bad-exit=0"]
-    if config.gpus_per_node:
-        command.append(f"--gres=gpu:{f'{slurm.gpu_type}:' if slurm.gpu_type else ''}{config.gpus_per_node}")
-    options = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "constraint": slurm.constraint}
-    command += [f"--{name}={value}" for name, value in (options | {"mem": slurm.memory}).items() if value is not None]
+    command += [f"--{name}={value}" for name, value in resources(config).items()]
     return [*command, sys.executable, "-m", "cromss_dist.doctor.node"]
 
 

@@ -76,20 +76,14 @@ def job_script(
             "the seconds before its end at which the run saves itself: it would train nothing; set time higher or notice_s lower."
         )
     least, most = nodes_of(cluster, launch)
-    gres = ":".join(["gpu", *([slurm.gpu_type] if slurm.gpu_type else []), str(cluster.gpus_per_node)])
     options = {
         "job-name": re.sub(r"[^A-Za-z0-9._-]+", "-", name),
         "dependency": "singleton",  # the run's folder is for one job at a time
         # No number of tasks: Slurm would give no more nodes than the least of them need.
         "nodes": f"{least}-{most}" if least < most else str(most),
         "cpus-per-task": str(cluster.workers_on_each_node() * launch.cpus_per_worker),
-        "gres": gres if cluster.gpus_per_node else None,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
+        **resources(cluster),
         "time": slurm.time,
-        "mem": slurm.memory,
         "signal": f"B:USR1@{slurm.notice_s}",
         "open-mode": "append",  # a job that is queued again goes on in its output
         "output": f'"{folder / OUTPUT_FILE.format(job="%j")}"',
@@ -111,6 +105,21 @@ def job_script(
             "",
         ]
     )
+
+
+def resources(cluster: ClusterConfig) -> dict[str, str]:
+    """Options that say which nodes a job or a step takes, and what of each, beside CPUs; those that are null are left out."""
+    slurm = cluster.slurm
+    gres = ":".join(["gpu", *([slurm.gpu_type] if slurm.gpu_type else []), str(cluster.gpus_per_node)])
+    options = {
+        "gres": gres if cluster.gpus_per_node else None,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "mem": slurm.memory,
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def nodes_of(cluster: ClusterConfig, launch: LaunchConfig) -> tuple[int, int]:
