@@ -106,7 +106,10 @@ def _write_package(
         in_channels=len(bands),
         out_channels=channels,
         strides=strides,
+        method="cromss",
         fusion=config.model.fusion,
+        dataset=" + ".join(location.rstrip("/").rpartition("/")[2] for location in config.data.weights),
+        patch_px=config.data.crop_px,
         config_digest=config.digest,
         manifest_digest=preflight.data.dataset.digest,
         run_id=record.tracker.run_id,
@@ -115,6 +118,7 @@ def _write_package(
         recipe=flatten(_recipe(config)),
         metrics={name: value for name, value in metrics.items() if f"_{modality}" in name},
         licence=config.tracking.licence,
+        archive=flatten(preflight.data.dataset.archives),
     )
     folder = run_dir / "encoders" / modality
     shutil.rmtree(folder, ignore_errors=True)  # of an export that was cut, or before the run was made longer

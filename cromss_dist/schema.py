@@ -31,6 +31,19 @@ S2_RGB = ("B4", "B3", "B2")
 S2_9 = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B11", "B12")
 S2_12 = tuple(band for band in S2_BANDS if band != "B10")
 
+# nm. S2: central wavelengths of Sentinel-2A's MSI, ESA's SentiWiki, "Sentinel-2 mission: spectral bands". S1: the carrier of the
+# C-band SAR, 5.405 GHz (ESA Sentinel-1 user handbook), as a wavelength in vacuum; both polarisations share it.
+WAVELENGTHS_NM: dict[Modality, dict[str, float]] = {
+    "s1": dict.fromkeys(S1_BANDS, 299_792_458 / 5.405),
+    "s2": dict(
+        zip(
+            S2_BANDS,
+            (442.7, 492.7, 559.8, 664.6, 704.1, 740.5, 782.8, 832.8, 864.7, 945.1, 1373.5, 1613.7, 2202.4),
+            strict=True,
+        )
+    ),
+}
+
 NUM_SEASONS = 4
 IGNORE = 255  # label value of pixels that no loss and no metric counts
 

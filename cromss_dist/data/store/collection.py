@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.sample import Uint8Array
+from cromss_dist.data.sample import Json, Uint8Array
 from cromss_dist.data.store.dataset import Dataset, Places
 from cromss_dist.errors import ConfigError
 from cromss_dist.schema import ArraySpec, Modality, Normalisation
@@ -51,6 +51,11 @@ class Collection:
     def digest(self) -> str:
         """sha256 (hex) of the datasets' digests, in order."""
         return hashlib.sha256("".join(dataset.digest for dataset in self.datasets).encode()).hexdigest()
+
+    @property
+    def archives(self) -> dict[str, Json]:
+        """What the manifest of each says of its archive, by the manifest's digest."""
+        return {digest: facts for dataset in self.datasets for digest, facts in dataset.archives.items()}
 
     @cached_property
     def locations(self) -> tuple[str, ...]:

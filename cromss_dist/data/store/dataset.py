@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.sample import Uint8Array
+from cromss_dist.data.sample import Json, Uint8Array
 from cromss_dist.schema import ArraySpec, Modality, Normalisation
 
 
@@ -34,6 +34,10 @@ class Dataset(Protocol):
     @property
     def digest(self) -> str:
         """sha256 (hex) of all that the manifest states: names the dataset."""
+
+    @property
+    def archives(self) -> dict[str, Json]:
+        """What each manifest behind it says of the archive it was made from, by the manifest's digest."""
 
     @property
     def locations(self) -> Sequence[str]:

@@ -51,6 +51,13 @@ class StoredDataset:
         return str(self.manifest["digest"])
 
     @property
+    def archives(self) -> dict[str, Json]:
+        """What the manifest says of its archive: the account of its inputs, who made values uint8, the ledger's sha256."""
+        ledger = {name: value for name, value in self.manifest["ledger"].items() if type(value) is int}
+        facts = {"ledger_sha256": self.manifest["ledger"]["sha256"], "normalised_by": self.manifest["normalised_by"]}
+        return {self.digest: ledger | facts}
+
+    @property
     def locations(self) -> tuple[str, ...]:
         """N keys, in the order of the manifest: shard by shard."""
         return self.tables.locations
