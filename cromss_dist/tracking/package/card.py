@@ -20,6 +20,7 @@ SCHEMA_VERSION = 2
 CARD_FILE = "card.json"
 WEIGHTS_FILE = "encoder.safetensors"
 GOLDEN_FILE = "golden.safetensors"
+PUBLISHED_PACKAGE = "package"  # subfolder of a published folder that is the package
 ORIGIN_KEYS = frozenset({"file", "sha256", "url", "layout"})
 # What a run knows of itself, and an imported file often does not.
 _RUN_FACTS = ("dataset", "config_digest", "manifest_digest", "run_id", "patch_px")
@@ -48,7 +49,7 @@ class EncoderCard:
         git_revision: Commit of the code that wrote the package.
         versions: Package name to version.
         metrics: Metric key to final value; finite.
-        licence: SPDX licence of the weights; '' if an import does not know.
+        licence: SPDX licence of the weights; '' if not known.
         archive: What the manifests say of the archives behind them: `<manifest digest>.<fact>` to text.
         evidence: Downstream figures, each key once.
         origin: Of an imported encoder: `file` name, its `sha256`, `url` ('' if not known), `layout` of its keys. Empty for
@@ -116,7 +117,7 @@ class EncoderCard:
             return f"out_channels={self.out_channels}, strides={self.strides}, depth={self.depth}, patch_px={self.patch_px}"
         if self.origin and self.origin.keys() != ORIGIN_KEYS:
             return f"origin has keys {sorted(self.origin)}; give all of {sorted(ORIGIN_KEYS)}, or none"
-        required = ("encoder", "method") if self.origin else ("encoder", "method", "licence", *_RUN_FACTS)
+        required = ("encoder", "method") if self.origin else ("encoder", "method", *_RUN_FACTS)
         missing = [name for name in required if not getattr(self, name)]
         if missing:
             return f"{', '.join(missing)} must be known" + ("" if self.origin else ", since it is no import (origin is empty)")
