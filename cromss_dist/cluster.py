@@ -37,6 +37,12 @@ def token_path() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
 
 
+def has_private_token() -> bool:
+    """Whether that file is there, and nobody but its user can use it."""
+    path = token_path()
+    return path.is_file() and not path.stat().st_mode & 0o077
+
+
 def interface_of(address: str) -> str | None:
     """The network interface that has an address; None where there is none."""
     for name, entries in psutil.net_if_addrs().items():

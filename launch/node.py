@@ -28,6 +28,7 @@ import psutil
 from cromss_dist.data.staging import write_atomically
 from cromss_dist.errors import ClusterError, ConfigError, main_guard
 from launch.probe import check_closed
+from launch.session import write_token
 
 DESCRIPTION = """Starts one machine of a Ray cluster and keeps it until SIGTERM, Ctrl-C, the end of the process that started
 it (unless by nohup), or of the cluster. Every machine needs the same token file, readable by its user alone; --head makes
@@ -179,8 +180,8 @@ def without_client_server(parameters: Any, head: bool) -> None:
 
 def make_token(path: Path) -> None:
     """Writes a new token for this user alone, unless there is one."""
-    with suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+    with suppress(FileExistsError):
+        write_token(path, secrets.token_hex(32))
 
 
 def check_token(path: Path) -> None:

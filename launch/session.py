@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cromss_dist.cluster import token_path
+from cromss_dist.cluster import has_private_token, token_path
 from cromss_dist.errors import ClusterError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]  # of this code, which the workers run
@@ -25,6 +25,16 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 def _new_token() -> str:
     """One for all clusters that this process starts: Ray reads the file once and keeps what it read."""
     return secrets.token_hex(32)
+
+
+def write_token(path: Path, token: str) -> None:
+    """Makes the file of a token, which its user alone can read from the first moment on.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(token)
 
 
 @contextmanager
@@ -54,8 +64,7 @@ def cluster(
     with _private_folder() as private:
         if address is None:
             token = private / "token"
-            with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(_new_token())
+            write_token(token, _new_token())
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         else:
             check_joinable(address, allow_insecure)
@@ -121,13 +130,13 @@ def _one_place(code: Path) -> str:
 
 def check_joinable(address: str, allow_insecure: bool = False) -> None:
     """Raises ClusterError unless there is a token that only this user can read, and a cluster at `address` that asks for it."""
-    path = token_path()
-    readable = path.is_file() and not path.stat().st_mode & 0o077
-    closed = os.environ.get("RAY_AUTH_MODE") == "token" and (readable or "RAY_AUTH_TOKEN" in os.environ)  # KubeRay's way
+    has_token = has_private_token() or "RAY_AUTH_TOKEN" in os.environ  # KubeRay's way
+    closed = os.environ.get("RAY_AUTH_MODE") == "token" and has_token
     if not closed and not allow_insecure:
         raise ClusterError(
             "A Ray cluster is joined only with a token, since whoever reaches it without one can run code on it: start it with "
-            f"RAY_AUTH_MODE=token, set that here too, and give its token in a file that only you can read (chmod 600 {path})."
+            "RAY_AUTH_MODE=token, set that here too, and give its token in a file that only you can read (chmod 600 "
+            f"{token_path()})."
         )
     from launch.probe import check_closed  # heavy
 

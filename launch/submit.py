@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cromss_dist.cluster import token_path
+from cromss_dist.cluster import has_private_token, token_path
 from cromss_dist.errors import ClusterError, PreemptedError
 from cromss_dist.parse import ParsedRun
 from launch.job import Job
@@ -73,7 +73,7 @@ def read_token() -> str:
         ClusterError: there is none, or others can read it.
     """
     path = token_path()
-    if not path.is_file() or path.stat().st_mode & 0o077:
+    if not has_private_token():
         raise ClusterError(
             f"A job is sent only with a token in a file that nobody else can read: put that of the cluster into {path}, or "
             f"say with RAY_AUTH_TOKEN_PATH where it is, and: chmod 600 {shlex.quote(str(path))}"

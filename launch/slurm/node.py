@@ -23,6 +23,7 @@ import psutil
 from cromss_dist.cluster import ClusterConfig
 from cromss_dist.errors import ClusterError, ConfigError, main_guard
 from cromss_dist.train.safety.stop import holding_signals
+from launch.session import write_token
 from launch.slurm.job import HEAD_FILE, POLL_S, TOKEN, keep_asking, noticing_signals, read_cluster, read_end, write_end
 
 ORPHANED_S = 60.0  # that a node waits for word of the driver after the cluster has ended: files of others come late over NFS
@@ -39,8 +40,7 @@ def main() -> int:
     is_head = os.environ["SLURM_PROCID"] == "0"
     with noticing_signals() as asked, scratch_folder() as scratch:
         token_file = scratch / "token"
-        with os.fdopen(os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(token)
+        write_token(token_file, token)
         command = ray_command(cluster, meeting, scratch, head=is_head)
         if is_head:
             with running(command) as ray:
