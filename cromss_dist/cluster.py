@@ -6,6 +6,7 @@ Layer 1. Apart from `RunConfig`, since it changes no number of a run: it is in n
 
 import os
 import re
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -49,6 +50,12 @@ def interface_of(address: str) -> str | None:
         if any(entry.address.partition("%")[0] == address for entry in entries):
             return str(name)
     return None
+
+
+def ipv4_of(interface: str) -> str | None:
+    """The IPv4 address of a network interface of this machine; None where there is none."""
+    entries = psutil.net_if_addrs().get(interface, [])
+    return next((str(entry.address) for entry in entries if entry.family == socket.AF_INET), None)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from cromss_dist.cluster import ipv4_of
 from cromss_dist.doctor.collectives import Backend
 from cromss_dist.doctor.examine import examine
 from cromss_dist.doctor.finding import Finding
@@ -70,10 +69,8 @@ def own_address(peer: str, interface: str | None = None) -> str:
         OSError: the interface has no IPv4 address, or there is no way to the peer.
     """
     if interface:
-        entries = psutil.net_if_addrs().get(interface, [])
-        for entry in entries:
-            if entry.family == socket.AF_INET:
-                return str(entry.address)
+        if address := ipv4_of(interface):
+            return address
         raise OSError(errno.EADDRNOTAVAIL, f"this machine has no interface {interface} with an IPv4 address")
     with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as way:
         way.connect((peer, 9))  # nothing is sent

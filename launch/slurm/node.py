@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from cromss_dist.cluster import ClusterConfig
+from cromss_dist.cluster import ClusterConfig, ipv4_of
 from cromss_dist.errors import ClusterError, ConfigError, main_guard
 from cromss_dist.train.safety.stop import holding_signals
 from launch.session import write_token
@@ -73,9 +73,8 @@ def address_of(interface: str) -> str:
     Raises:
         ConfigError: there is none.
     """
-    for address in psutil.net_if_addrs().get(interface, []):
-        if address.family == socket.AF_INET:
-            return str(address.address)
+    if address := ipv4_of(interface):
+        return address
     raise ConfigError(
         f"cluster.slurm.interface={interface!r} is no interface with an IPv4 address of {socket.gethostname()}, which has "
         f"{', '.join(sorted(psutil.net_if_addrs()))}; choose one of these, or null for that of the node's address."
