@@ -1,0 +1,1 @@
+"""Published checkpoints of other people as encoder packages, without running anything of them."""
