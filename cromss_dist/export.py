@@ -19,10 +19,9 @@ from cromss_dist.models.encoder import stage_channels
 from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.schema import MODALITIES, Modality
 from cromss_dist.tracking.package.card import EncoderCard
-from cromss_dist.tracking.package.folder import write_package
-from cromss_dist.tracking.registry.registry import Registry
+from cromss_dist.tracking.package.folder import check_package, write_package
 from cromss_dist.tracking.revision import git_revision
-from cromss_dist.tracking.run.runs import flatten
+from cromss_dist.tracking.run.requests import flatten
 from cromss_dist.train.loop import Pretraining
 from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.run.folder import WEIGHTS_FILE, RunSummary, write_summary
@@ -39,7 +38,7 @@ def export(
     run_dir: Path,
     record: Record,
 ) -> RunSummary:
-    """Writes the weights, the packages of both encoders and the summary of a run, and registers the encoders.
+    """Writes the weights, the packages of both encoders and the summary of a run, and has the encoders registered.
 
     Args:
         weights: Of the networks, on the CPU.
@@ -51,17 +50,18 @@ def export(
 
     Raises:
         StorageError: a file cannot be written.
-        RegistryError: the registry cannot be reached.
     """
     config = preflight.config
     record.event("stage", text="writing encoder packages")
     _save_weights(weights, run_dir / WEIGHTS_FILE)
     packages = {m: _write_package(m, model, weights, preflight, trainer.after, run_dir, record) for m in MODALITIES}
-    registered = _register(packages, config, record) if config.tracking.register else {}
-    record.tracker.flush()
+    if config.tracking.register:
+        for modality, folder in packages.items():
+            record.register(folder, check_package(folder), model_name(config, modality), config.tracking.alias)
+    delivery = record.finish(config.tracking.patience_s)
     summary = RunSummary(
         run_dir=str(run_dir),
-        run_id=record.tracker.run_id,
+        run_id=delivery.run_id,
         tracking_uri=config.tracking_uri,
         num_train=preflight.data.num_train,
         num_val=len(preflight.data.validation.ids),
@@ -69,7 +69,7 @@ def export(
         samples_per_s=trainer.samples_per_s,
         before=trainer.before,
         after=trainer.after,
-        registered=registered,
+        registered=delivery.registered,
         packages={m: str(folder) for m, folder in packages.items()},
     )
     write_summary(run_dir, summary)
@@ -108,11 +108,11 @@ def _write_package(
         strides=strides,
         method="cromss",
         fusion=config.model.fusion,
-        dataset=" + ".join(location.rstrip("/").rpartition("/")[2] for location in config.data.weights),
+        dataset=" + ".join(location.rstrip("/").rpartition("/")[2] or location for location in config.data.weights),
         patch_px=config.data.crop_px,
         config_digest=config.digest,
         manifest_digest=preflight.data.dataset.digest,
-        run_id=record.tracker.run_id,
+        run_id=record.run_id,
         git_revision=git_revision(),
         versions={"cromss_dist": __version__} | {name: version(name) for name in _VERSIONED},
         recipe=flatten(_recipe(config)),
@@ -136,17 +136,6 @@ def _recipe(config: RunConfig) -> dict[str, Any]:
         del content["data"][name]
     del content["data"]["filter"]["quality"]
     return content
-
-
-def _register(packages: dict[Modality, Path], config: RunConfig, record: Record) -> dict[str, int]:
-    """Registers both encoders; returns model name -> version."""
-    registry = Registry(config.tracking_uri)
-    registered: dict[str, int] = {}
-    for modality, folder in packages.items():
-        name = model_name(config, modality)
-        registered[name] = registry.register(folder, name, record.tracker.run_id, alias=config.tracking.alias).version
-        record.event("stage", text=f"registered {name} version {registered[name]} as @{config.tracking.alias}")
-    return registered
 
 
 def model_name(config: RunConfig, modality: Modality) -> str:

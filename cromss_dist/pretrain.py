@@ -16,10 +16,9 @@ from cromss_dist.config import RunConfig
 from cromss_dist.errors import ConfigError
 from cromss_dist.export import export
 from cromss_dist.losses import CromssLoss
-from cromss_dist.parse import CONFIG_FILE, ParsedRun, to_yaml
+from cromss_dist.parse import CONFIG_FILE, ParsedRun
 from cromss_dist.tracking.revision import git_revision
-from cromss_dist.tracking.run.runs import RunTracker
-from cromss_dist.tracking.run.spool import read_events, tell
+from cromss_dist.tracking.run.spool import tell
 from cromss_dist.train.checkpoint.store import Checkpoints
 from cromss_dist.train.figures.profile import Profile
 from cromss_dist.train.loop import Pretraining, Safeguards
@@ -78,7 +77,7 @@ def pretrain(config: RunConfig, run_dir: Path, profile: bool = False) -> RunSumm
         engine = Engine(model, config.engine, config.train, preflight.plan, world)
         try:
             loss = CromssLoss(config.loss, reduce_sum=world.reduce_sum if world.size > 1 else None, world_size=world.size)
-            with _recording(preflight, world, engine, run_dir) as record:
+            with _recording(preflight, world, engine, run_dir, saved.step if saved else 0) as record:
                 safeguards = Safeguards(checkpoints, stop, hang)
                 trainer = Pretraining(
                     preflight, world, engine, loss, safeguards, Profile(run_dir if profile else None, world.rank), record
@@ -86,7 +85,6 @@ def pretrain(config: RunConfig, run_dir: Path, profile: bool = False) -> RunSumm
                 if saved:
                     trainer.resume(saved)
                     if record:
-                        record.catch_up(saved.step)
                         record.resumed(saved.step, trainer.samples, str(saved.folder), changes)
                 trainer.run()
                 hang.beat("exporting the encoders")
@@ -122,13 +120,18 @@ def run_in_process(parsed: ParsedRun, console: Console) -> RunSummary:
 
 def report(summary: RunSummary, console: Console) -> None:
     """Prints what a finished run left, and how to look at it."""
-    console.print(f"  {summary.samples} samples at {summary.samples_per_s:.1f} samples/s", highlight=False)
-    console.print(f"  mlflow ui --backend-store-uri {shlex.quote(summary.tracking_uri)}", highlight=False, soft_wrap=True)
+    lines = [f"{summary.samples} samples at {summary.samples_per_s:.1f} samples/s"]
+    if summary.run_id is None:
+        lines.append(f"MLflow has not all of it yet; send the rest with: cromss track sync {shlex.quote(summary.run_dir)}")
+    else:
+        lines.append(f"mlflow ui --backend-store-uri {shlex.quote(str(summary.tracking_uri))}")
+    for line in lines:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path) -> Iterator[Record | None]:
-    """On rank 0 the record of a run, which ends as FINISHED, FAILED or KILLED with the block; a run that goes on keeps its id.
+def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path, step: int) -> Iterator[Record | None]:
+    """On rank 0 the record of a run that goes on after a step; it ends with the block.
 
     No rank goes on before there is one, so that every error of theirs is of a run that is recorded.
     """
@@ -145,29 +148,23 @@ def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path
         "device": device_name(world.device),
         "precision": engine.precision,
     }
-    run_id = next((event["run_id"] for event in reversed(read_events(run_dir)) if event["event"] == "start"), None)
-    with RunTracker(config.tracking_uri, config.tracking.experiment, run_dir.name, run_id=run_id, tags=tags) as tracker:
-        record = Record(run_dir, tracker)
-        try:
-            record_config(tracker, config, [source.dataset.digest for source in preflight.data.train])
-            record.event("stage", text=f"run folder {run_dir}")
-            record.event("stage", text=f"{world.size} x {world.device.type}, {engine.precision}, run {tracker.run_id}")
-            if run_id not in (None, tracker.run_id):
-                record.event("stage", text=f"run {run_id} is not in {tracker.uri}; run {tracker.run_id} takes its place")
-            record.event("start", total_samples=preflight.timeline.total_samples, run_id=tracker.run_id)
-            world.barrier()
-            yield record
-        finally:
-            record.close()
+    with Record(run_dir, config.tracking_uri) as record:
+        record.begin(run_dir.name, config.tracking.experiment, tags, step)
+        record_config(record, config, [source.dataset.digest for source in preflight.data.train])
+        record.tell(f"run folder {run_dir}")
+        record.tell(f"{world.size} x {world.device.type}, {engine.precision}, run {record.run_id}")
+        record.event("start", total_samples=preflight.timeline.total_samples)
+        world.barrier()
+        yield record
 
 
-def record_config(tracker: RunTracker, config: RunConfig, digests: Sequence[str]) -> None:
-    """Records the config and the datasets, of the digests given, in an MLflow run."""
+def record_config(record: Record, config: RunConfig, digests: Sequence[str]) -> None:
+    """Records the config, whose file is in the run's folder, and the datasets, of the digests given."""
     params = config.to_dict()
     if isinstance(config.data.shards, dict):  # MLflow takes few signs in the name of a parameter, and a place may have any
         params["data"]["shards"] = list(config.data.shards.items())
-    tracker.log_params(params)
-    tracker.log_text(to_yaml(config), CONFIG_FILE)
+    record.params(params)
+    record.artifact(CONFIG_FILE)
     names = [PurePosixPath(location).name for location in config.data.weights]
     for number, (name, location, digest) in enumerate(zip(names, config.data.weights, digests, strict=True)):
-        tracker.log_dataset(name if names.count(name) == 1 else f"{name}-{number}", digest, location)
+        record.dataset(name if names.count(name) == 1 else f"{name}-{number}", digest, location)

@@ -18,13 +18,14 @@ from rich.console import Console
 
 from cromss_dist.cluster import CLUSTER_FILE
 from cromss_dist.data.staging import write_atomically
-from cromss_dist.errors import ConfigError, PreemptedError, RegistryError, main_guard
+from cromss_dist.errors import ConfigError, main_guard
 from cromss_dist.parse import CONFIG_FILE, ParsedRun, parse_run, to_yaml, write_yaml
 from cromss_dist.pretrain import report
-from cromss_dist.tracking.run.runs import end_run
-from cromss_dist.tracking.run.spool import read_events
+from cromss_dist.tracking.run.dead import end_from_outside
+from cromss_dist.tracking.run.shipper import Shipper
 from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.run.folder import RunSummary, working_in
+from cromss_dist.train.run.record import PARTING_S, end_of
 from cromss_dist.train.run.watch import watching
 from launch.driver import drive
 from launch.elastic import demand_of
@@ -157,16 +158,15 @@ def record(run: ParsedRun, run_dir: Path) -> Path:
 
 
 @contextmanager
-def ending_the_run(run_dir: Path, uri: str) -> Iterator[None]:
-    """Ends the MLflow run of workers that were stopped before they could: KILLED after a stop, FAILED after an error."""
+def ending_the_run(run_dir: Path, uri: str | None) -> Iterator[None]:
+    """Ends the run of workers that were stopped before they could: KILLED after a stop, FAILED after an error."""
     try:
         yield
     except BaseException as error:
-        run_ids = [event["run_id"] for event in read_events(run_dir) if event["event"] == "start"]
-        stopped = isinstance(error, PreemptedError) or not isinstance(error, Exception)
-        if run_ids:
-            with suppress(RegistryError):  # must not hide the error that ended the run
-                end_run(uri, run_ids[-1], "KILLED" if stopped else "FAILED")
+        with suppress(OSError):  # must not hide the error that ended the run
+            end_from_outside(run_dir, *end_of(error))
+            if uri is not None:
+                Shipper(run_dir, uri, tell=lambda text: None).close(PARTING_S)
         raise
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 from cromss_dist.config.check import require
 from cromss_dist.errors import ConfigError
 
+OFFLINE = "offline"  # of `tracking.uri`
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -67,12 +69,15 @@ class TrackingConfig:
     """Where the run is recorded and what its encoders are called.
 
     Args:
-        uri: MLflow tracking URI, without a password, since the run records it; null is `sqlite:///<output>/mlflow.db`.
+        uri: MLflow tracking URI, without a password, since the run records it; null is `sqlite:///<output>/mlflow.db`. `offline`
+            sends nothing: `cromss track sync` does so later, from a machine that reaches a store.
         experiment: MLflow experiment.
         model_prefix: Encoders are registered as `<model_prefix>-<encoder>-<modality>`.
         alias: Alias that the new versions get.
         register: Whether encoders are registered at the end; their packages are written in any case.
         licence: SPDX licence of the encoders, for their cards.
+        patience_s: Seconds that a run which has come to its end waits for the store; what it lacks then stays in the run's
+            folder.
     """
 
     uri: str | None = None
@@ -81,8 +86,10 @@ class TrackingConfig:
     alias: str = "candidate"
     register: bool = True
     licence: str = "Apache-2.0"
+    patience_s: float = 60.0
 
     def __post_init__(self) -> None:
+        require(self.patience_s >= 0, "tracking.patience_s", self.patience_s, "give seconds, 0 or more")
         if self.uri is not None and re.search(r"://[^/]*:[^/]*@", self.uri):
             raise ConfigError(  # without the value
                 "tracking.uri holds a password, which would be recorded with the run and its encoders; take it out and set "

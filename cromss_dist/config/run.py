@@ -13,7 +13,7 @@ from typing import Any
 from cromss_dist.config.check import require
 from cromss_dist.config.data import DataConfig
 from cromss_dist.config.engine import EngineConfig
-from cromss_dist.config.operation import CheckpointConfig, FaultConfig, LaunchConfig, TrackingConfig
+from cromss_dist.config.operation import OFFLINE, CheckpointConfig, FaultConfig, LaunchConfig, TrackingConfig
 from cromss_dist.config.recipe import LossConfig, ModelConfig, TrainConfig
 
 
@@ -68,8 +68,10 @@ class RunConfig:
         return replace(self, data=self.data.with_absolute_paths(), tracking=tracking, output=str(Path(self.output).absolute()))
 
     @property
-    def tracking_uri(self) -> str:
-        """The MLflow store of the run: the config's, or SQLite in the folder of runs."""
+    def tracking_uri(self) -> str | None:
+        """The MLflow store of the run: the config's, or SQLite in the folder of runs; None where nothing is sent."""
+        if self.tracking.uri == OFFLINE:
+            return None
         return self.tracking.uri or f"sqlite:///{Path(self.output).absolute() / 'mlflow.db'}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,47 +1,190 @@
-"""The file of events of a run: JSON lines that rank 0 and launchers append and whoever watches the run reads.
+"""The spool of a run: JSON lines in its folder that rank 0 and launchers append. Nothing else holds its figures.
 
-Layer 3.
+Whoever watches the run follows the file, and an MLflow store gets a copy of it (`shipper.py`). Each line has `event`, its kind,
+and `time`, seconds since 1970. Beside what is there for who watches:
+
+| event | what it says |
+|--|--|
+| run | once, before all else: `run`, the run's own id; `name`, `experiment` |
+| attempt | a start: its `number` from 1, and the `step` after which it goes on |
+| params, tags | `values` |
+| dataset | `name`, `digest`, `source` |
+| progress, validation | `metrics` at a `step` after `samples` |
+| artifact | `path` of a file in the run's folder, `artifact`: its path in the store |
+| register | `package`: a folder in the run's folder, `card`: sha256 of its card, `model`, `alias` |
+| end | `status` FINISHED, FAILED or KILLED, and the `error` if there was one |
 """
 
+import errno
 import json
+import os
+import threading
 import time
+import uuid
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import Any, Self
+
+from cromss_dist.errors import StorageError
 
 EVENTS_FILE = "events.jsonl"
+SYNC_S = 1.0  # that a crash of the machine may cost; a crash of the process costs nothing
+_BLOCK = 1 << 16
 
 
-def append_event(file: IO[str], kind: str, **values: Any) -> None:
-    """Writes one JSON line with the time."""
-    file.write(json.dumps({"event": kind, "time": time.time(), **values}) + "\n")
-    file.flush()
+class Spool:
+    """The writer of a run's spool; it has one at a time. What a killed process left of a line is cut.
 
+    A line is with the system when `append` returns, and on disk a second later; any thread may append.
 
-def tell(run_dir: Path, text: str) -> None:
-    """Among the events of a run that writes none at this time: whoever watches it sees the text, and it stays."""
-    with (run_dir / EVENTS_FILE).open("a") as file:
-        append_event(file, "stage", text=text)
+    Args:
+        run_dir: Folder of the run.
+    """
 
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        path = run_dir / EVENTS_FILE
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        self._end = _cut_torn_line(self._file)
+        self._lock = threading.Lock()
+        self._unsynced = False
+        self._failure: OSError | None = None
+        self._closing = threading.Event()
+        self._syncing = threading.Thread(target=self._sync_often, name="spool", daemon=True)
+        self._syncing.start()
 
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """All events of a run so far; none if it has no file of events yet."""
-    return Tail(run_dir / EVENTS_FILE).read()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def append(self, kind: str, **values: Any) -> None:
+        """Writes a line.
+
+        Raises:
+            OSError: the disk does not take it, or did not take an earlier one; no part of a line is left.
+        """
+        if self._failure:
+            raise self._failure
+        line = (json.dumps({"event": kind, "time": time.time(), **values}) + "\n").encode()
+        with self._lock:
+            if self._closing.is_set():
+                raise OSError(errno.EBADF, "the spool is closed", str(self.run_dir / EVENTS_FILE))
+            rest = line
+            try:
+                while rest:
+                    rest = rest[os.write(self._file, rest) :]
+            except OSError:
+                os.ftruncate(self._file, self._end)
+                raise
+            self._end += len(line)
+            self._unsynced = True
+
+    def begin(self, name: str, experiment: str) -> str:
+        """Gives the run its own id, unless it has one; returns it."""
+        if (run := run_id_of(self.run_dir)) is None:
+            run = uuid.uuid4().hex
+            self.append("run", run=run, name=name, experiment=experiment)
+        return run
+
+    def close(self) -> None:
+        """Waits until all lines are on disk."""
+        with self._lock:
+            if self._closing.is_set():
+                return
+            self._closing.set()
+        self._syncing.join()
+        self._sync()
+        os.close(self._file)
+
+    def _sync_often(self) -> None:
+        while not self._closing.wait(SYNC_S):
+            try:
+                self._sync()
+            except OSError as error:
+                self._failure = error
+                return
+
+    def _sync(self) -> None:
+        if self._unsynced:
+            self._unsynced = False  # before, so that a line that is written meanwhile is synced next time
+            os.fsync(self._file)
 
 
 class Tail:
-    """New whole lines of a file that another process appends to; the file may not be there yet."""
+    """New whole lines of a file that another process appends to; the file may not be there yet.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file.
+        offset: Bytes of it that were read before.
+    """
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
         self.path = path
-        self._offset = 0
+        self.offset = offset
 
-    def read(self) -> list[dict[str, Any]]:
-        """The lines since the last reading, as they were given."""
+    def read(self, most: int = -1, synced: bool = False) -> list[dict[str, Any]]:
+        """The lines since the last reading, as they were given.
+
+        Args:
+            most: Bytes after which no further line is begun; -1: no limit.
+            synced: Whether only what is on disk counts, which is brought about.
+
+        Raises:
+            StorageError: a line is not as it was written.
+        """
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
+            left = max(os.fstat(file.fileno()).st_size - self.offset, 0)
+            if synced and left:
+                os.fsync(file.fileno())
+            file.seek(self.offset)
+            data = file.read(left if most < 0 else min(most, left))
+            data += file.readline(left - len(data))
         whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise StorageError(
+                f"{self.path} was damaged: a line after byte {self.offset} is no JSON. Take that line out, and run it again."
+            ) from error
+        self.offset += len(whole)
+        return lines
+
+
+def tell(run_dir: Path, text: str) -> None:
+    """In the spool of a run that no rank 0 writes at this time: whoever watches it sees the text, and it stays."""
+    with Spool(run_dir) as spool:
+        spool.append("stage", text=text)
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole spool of a run so far; empty if there is none yet."""
+    return Tail(run_dir / EVENTS_FILE).read()
+
+
+def run_id_of(run_dir: Path) -> str | None:
+    """A run's own id; None where its folder has no run that has begun."""
+    tail = Tail(run_dir / EVENTS_FILE)
+    while events := tail.read(_BLOCK):
+        for event in events:
+            if event["event"] == "run":
+                return str(event["run"])
+    return None
+
+
+def _cut_torn_line(file: int) -> int:
+    """Ends a file with its last whole line, and returns its size then."""
+    end = os.fstat(file).st_size
+    start = end
+    while start > 0:
+        block = os.pread(file, min(_BLOCK, start), start - min(_BLOCK, start))
+        start -= len(block)
+        if (newline := block.rfind(b"\n")) >= 0:
+            start += newline + 1
+            break
+    if start < end:
+        os.ftruncate(file, start)
+    return start

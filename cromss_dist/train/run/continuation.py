@@ -8,7 +8,7 @@ from typing import Any
 from cromss_dist.config import RunConfig
 from cromss_dist.errors import CheckpointError
 from cromss_dist.parse import from_dict
-from cromss_dist.tracking.run.runs import flatten
+from cromss_dist.tracking.run.requests import flatten
 
 # What decides the networks, the loss and the line of samples. The loader compares the datasets themselves, wherever they lie.
 _FIXED = ("seed", "data.", "model.", "loss.", "engine.global_batch", "engine.batch_norm")

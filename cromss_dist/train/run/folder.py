@@ -32,15 +32,15 @@ class RunSummary:
     """What a finished run leaves; also written as `summary.json` into its folder."""
 
     run_dir: str
-    run_id: str
-    tracking_uri: str
+    run_id: str | None  # in MLflow; None where that has not all of the run yet
+    tracking_uri: str | None  # None where nothing is sent
     num_train: int
     num_val: int
     samples: int
     samples_per_s: float
     before: dict[str, float]  # validation metrics before the first step
     after: dict[str, float]  # and after the last
-    registered: dict[str, int]  # model name -> version, empty where tracking.register is false
+    registered: dict[str, int]  # model name -> version of what the registry has
     packages: dict[str, str]  # modality -> folder
 
 

@@ -1,0 +1,123 @@
+"""Brings the spool of a run to an MLflow store: beside the run, or later."""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cromss_dist.tracking.run.replica import Replica
+from cromss_dist.tracking.store import brief
+
+INTERVAL_S = 2.0  # between two looks into the spool
+HEARTBEAT_S = 60.0
+_LONGEST_PAUSE_S = 60.0  # after an error
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What has become of a spool."""
+
+    run_id: str | None  # of the run in MLflow; None while the store has not all of it
+    registered: dict[str, int]  # model name -> version
+    problem: str | None = None  # why something is left
+
+
+class Shipper:
+    """A thread that sends the spool of a run while it is written. No error of the store reaches the run.
+
+    What cannot be sent is tried again after 1, 2, 4 ... 60 s. MLflow is imported in the thread: that takes seconds.
+
+    Args:
+        run_dir: Folder of the run.
+        uri: MLflow tracking URI.
+        tell: Takes a line of what was done or does not work.
+
+    Raises:
+        RegistryError: the URI is of a kind that cannot hold runs.
+    """
+
+    def __init__(self, run_dir: Path, uri: str, tell: Callable[[str], None]) -> None:
+        self._replica = Replica(run_dir, uri, tell)
+        self._tell = tell
+        self._problem: str | None = None
+        self._delivered = False
+        self._closing, self._given_up = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
+        self._thread.start()
+
+    def close(self, patience_s: float, patience_if_away_s: float | None = None) -> Delivery:
+        """Sends what is left. The spool must have all its lines.
+
+        Args:
+            patience_s: Seconds that it may take.
+            patience_if_away_s: Seconds, where the last sending was an error; None: the same.
+        """
+        if self._problem is not None and patience_if_away_s is not None:
+            patience_s = patience_if_away_s
+        self._closing.set()
+        self._thread.join(patience_s)
+        self._given_up.set()
+        if self._delivered:
+            return Delivery(self._replica.run_id, dict(self._replica.registered))
+        return Delivery(None, dict(self._replica.registered), self._problem or f"no reply within {patience_s:g} s")
+
+    def _run(self) -> None:
+        pause_s, next_beat_s = 0.0, 0.0
+        while not self._given_up.is_set():
+            closing = self._closing.is_set()  # asked before sending: then all lines are in the spool
+            try:
+                self._replica.send()
+                if time.monotonic() >= next_beat_s:
+                    self._replica.beat(time.time())
+                    next_beat_s = time.monotonic() + HEARTBEAT_S
+                if self._problem:
+                    self._tell(f"{self._replica.uri} has all figures again")
+                    self._problem = None
+            except Exception as error:  # noqa: BLE001 - whatever a store or its libraries raise must not end the run
+                self._note(error)
+                pause_s = min(max(1.0, 2 * pause_s), _LONGEST_PAUSE_S)
+            else:
+                if closing:
+                    self._delivered = True
+                    return
+                pause_s = 0.0
+            if closing:
+                self._given_up.wait(min(pause_s, 1.0))
+            else:
+                self._closing.wait(pause_s or INTERVAL_S)
+
+    def _note(self, error: Exception) -> None:
+        """Tells of the first error in a row."""
+        if self._problem is None:
+            with suppress(OSError):  # of the spool: who writes the run's own lines meets it, too
+                self._tell(f"figures wait in the run's folder, and the run goes on: {brief(error)}")
+        self._problem = brief(error)
+
+
+def deliver(
+    run_dir: Path,
+    uri: str,
+    *,
+    tell: Callable[[str], None] = lambda text: None,
+    again: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Delivery:
+    """Sends the spool of a run now.
+
+    Args:
+        run_dir: Folder of the run.
+        uri: MLflow tracking URI, of any store.
+        tell: Takes a line of what was done.
+        again: Whether all is sent, also what the store is known to have.
+        progress: Takes the bytes of the spool that are done.
+
+    Raises:
+        RegistryError: the store cannot be reached, or refuses.
+        PackageError: an encoder that is to be registered is not whole.
+        StorageError: the spool cannot be read.
+    """
+    replica = Replica(run_dir, uri, tell, again)
+    replica.send(progress)
+    return Delivery(replica.run_id, dict(replica.registered))
