@@ -109,6 +109,10 @@ class RegistryError(CromssError):
     exit_code = 22
 
 
+class UnknownEncoderError(RegistryError):
+    """The registry answers, and has no such model, version or alias."""
+
+
 class WorkerError(CromssError):
     """A process of a parallel command died again and again."""
 
