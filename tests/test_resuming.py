@@ -22,7 +22,18 @@ from cromss_dist.train.run.continuation import changes_of
 from cromss_dist.train.run.folder import read_summary, working_in
 from cromss_dist.world import World
 from tests.ranks import run_ranks
-from tests.whole_runs import Trace, of_steps, run_and_kill, run_until, small_run, start_folder, trace_of, traced_run
+from tests.whole_runs import (
+    Trace,
+    mlflow_run,
+    mlflow_steps,
+    of_steps,
+    run_and_kill,
+    run_until,
+    small_run,
+    start_folder,
+    trace_of,
+    traced_run,
+)
 
 
 @pytest.fixture
@@ -207,9 +218,7 @@ def test_a_run_that_starts_over_has_nothing_of_what_it_was(config: RunConfig, tm
         with working_in(folder, "cromss pretrain", fresh):
             assert run_ranks(traced_run, 1, folder, content) == [0]
         assert trace_of(folder).num_computed == steps
-        (run_id,) = [event["run_id"] for event in read_events(folder) if event["event"] == "start"]
-        history = connect(config.tracking_uri).get_metric_history(run_id, "train/loss/total")
-        assert [point.step for point in history] == list(range(1, steps + 1))
+        assert mlflow_steps(folder, config.tracking_uri) == list(range(1, steps + 1))
     assert trace_of(folder / "before-1").num_computed == 4
     assert trace_of(folder / "before-2").num_computed == 2
     assert (folder / "before-2" / "checkpoints" / "step-0000002").is_dir()
@@ -225,10 +234,7 @@ def test_a_run_goes_on_without_its_mlflow_store_and_ends_where_it_is_if_made_sho
     elsewhere = replace(of_steps(config, 4), tracking=replace(config.tracking, uri=f"sqlite:///{tmp_path / 'other.db'}"))
     shutil.copyfile(template_store, tmp_path / "other.db")
     assert run_ranks(traced_run, 1, folder, elsewhere.to_dict()) == [0]
-    first, second = (event["run_id"] for event in read_events(folder) if event["event"] == "start")
-    assert any(first in event.get("text", "") for event in read_events(folder)), "it is told"
-    history = connect(elsewhere.tracking_uri).get_metric_history(second, "train/loss/total")
-    assert [point.step for point in history] == [1, 2, 3, 4, 5], "the step at which it stopped, too"
+    assert mlflow_steps(folder, elsewhere.tracking_uri) == [1, 2, 3, 4, 5], "the step at which it stopped, too"
     summary = read_summary(folder)
     assert summary
     assert summary.samples == 20
@@ -242,9 +248,7 @@ def test_figures_of_a_run_that_was_cut_have_each_step_once(config: RunConfig, tm
     content = start_folder(folder, config)
     run_and_kill(folder, content, 1, 5, random.Random(0))
     assert run_ranks(traced_run, 1, folder, content) == [0]
-    starts = [event["run_id"] for event in read_events(folder) if event["event"] == "start"]
-    assert len(starts) == 2
-    assert len(set(starts)) == 1, "one run in MLflow"
-    history = connect(config.tracking_uri).get_metric_history(starts[0], "train/loss/total")
-    assert [point.step for point in history] == list(range(1, 13))
-    assert connect(config.tracking_uri).get_run(starts[0]).info.status == "FINISHED"
+    assert mlflow_steps(folder, config.tracking_uri) == list(range(1, 13))
+    run = mlflow_run(folder, config.tracking_uri)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["attempts"] == "2"

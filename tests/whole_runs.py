@@ -25,6 +25,9 @@ from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.parse import CONFIG_FILE, from_dict, write_yaml
 from cromss_dist.pretrain import pretrain
 from cromss_dist.schema import Batch
+from cromss_dist.tracking.run.replica import RUN_TAG
+from cromss_dist.tracking.run.spool import run_id_of
+from cromss_dist.tracking.store import connect
 from cromss_dist.train.safety.guard import Guard, Verdict
 from cromss_dist.train.step.engine import StepResult
 from cromss_dist.world import World
@@ -106,6 +109,20 @@ def trace_of(run_dir: Path) -> Trace:
             ids.setdefault(note["step"], {})[rank] = [tuple(place) for place in note["ids"]]
     whole = {step: [place for rank in sorted(of) for place in of[rank]] for step, of in ids.items()}
     return Trace(losses, whole, num_computed)
+
+
+def mlflow_run(run_dir: Path, uri: str | None) -> Any:
+    """The one run in a store that is of a run's folder."""
+    client = connect(str(uri))
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{run_id_of(run_dir)}'")
+    return run
+
+
+def mlflow_steps(run_dir: Path, uri: str | None) -> list[int]:
+    """The steps whose loss a store has, as often as it has it."""
+    run_id = mlflow_run(run_dir, uri).info.run_id
+    return [point.step for point in connect(str(uri)).get_metric_history(run_id, "train/loss/total")]
 
 
 def start_folder(folder: Path, config: RunConfig) -> dict[str, Any]:

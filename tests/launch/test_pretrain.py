@@ -21,7 +21,8 @@ from cromss_dist.data.store.index import open_shards
 from cromss_dist.errors import BandError, ConfigError
 from cromss_dist.parse import parse_run
 from cromss_dist.schema import NORMALISATION, S2_BANDS
-from cromss_dist.tracking.run.spool import read_events
+from cromss_dist.tracking.run.shipper import deliver
+from cromss_dist.tracking.run.spool import read_events, run_id_of
 from cromss_dist.tracking.store import connect
 from launch.elastic import num_workers
 from tests.launch.conftest import ROOT, SMALL, Run, environment
@@ -88,7 +89,7 @@ def test_both_encoders_are_registered_and_look_up_bit_equal(finished: Path) -> N
         assert state.keys() == trained.keys()
         assert all(torch.equal(state[key], value) for key, value in trained.items())
         assert encoder.card.normalisation == NORMALISATION[encoder.card.modality]
-        assert encoder.card.run_id == summary["run_id"]
+        assert encoder.card.run_id == run_id_of(finished)
         assert encoder.card.metrics[f"val/miou_{modality}"] == summary["after"][f"val/miou_{modality}"]
     assert not [value for value in encoder.card.recipe.values() if str(finished.parent) in value], "no folder of this machine"
     assert encoder.card.recipe["loss.ramp_epochs"] == "5.0"
@@ -154,8 +155,9 @@ def test_ctrl_c_leaves_no_process_behind(synthetic_shards: Path, tmp_path: Path)
         assert "Traceback" not in out + err
         wait_for(lambda: not processes_of(mark), 30)
         (events,) = tmp_path.glob("*/events.jsonl")
-        run_id = events_of(events.parent, "start")[0]["run_id"]
-        assert connect(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_id).info.status == "KILLED"
+        assert events_of(events.parent, "end")[-1]["status"] == "KILLED"
+        delivery = deliver(events.parent, f"sqlite:///{tmp_path}/mlflow.db")  # a slow machine did not get so far in 30 s
+        assert connect(f"sqlite:///{tmp_path}/mlflow.db").get_run(str(delivery.run_id)).info.status == "KILLED"
     finally:
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -211,6 +213,6 @@ def test_a_damaged_shard_ends_the_workers_with_its_own_error(synthetic_shards: P
     assert done.returncode == 15, done.stderr
     assert "do not match their CRC-32C" in done.stderr
     (events,) = (tmp_path / "runs").glob("*/events.jsonl")
-    run_id = events_of(events.parent, "start")[0]["run_id"]
-    assert connect(f"sqlite:///{tmp_path}/runs/mlflow.db").get_run(run_id).info.status == "FAILED"
+    delivery = deliver(events.parent, f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert connect(f"sqlite:///{tmp_path}/runs/mlflow.db").get_run(str(delivery.run_id)).info.status == "FAILED"
     assert "Traceback" not in done.stderr

@@ -18,14 +18,13 @@ import pytest
 from cromss_dist.config import CheckpointConfig, DataConfig, EngineConfig, ModelConfig, RunConfig, TrackingConfig, TrainConfig
 from cromss_dist.errors import PreemptedError
 from cromss_dist.tracking.run.spool import read_events
-from cromss_dist.tracking.store import connect
 from cromss_dist.train.checkpoint.store import Checkpoints
 from cromss_dist.train.safety.guard import Guard
 from cromss_dist.train.safety.hang import HangWatch
 from cromss_dist.world import World
 from tests.launch.conftest import ROOT, SMALL, environment
 from tests.ranks import run_ranks
-from tests.whole_runs import start_folder, trace_of, traced_run
+from tests.whole_runs import mlflow_run, start_folder, trace_of, traced_run
 
 STEPS = 12
 
@@ -103,9 +102,7 @@ def test_a_run_that_is_asked_to_stop_anywhere_loses_no_step_and_ends_as_one_that
     assert trace.num_computed == STEPS
     assert trace.losses == trace_of(whole).losses
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    starts = {event["run_id"] for event in read_events(folder) if event["event"] == "start"}
-    assert len(starts) == 1
-    assert connect(config.tracking_uri).get_run(starts.pop()).info.status == "FINISHED"
+    assert mlflow_run(folder, config.tracking_uri).info.status == "FINISHED"
 
 
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cromss_dist.tracking.run.spool import EVENTS_FILE, append_event, read_events
+from cromss_dist.tracking.run.spool import EVENTS_FILE, Spool, read_events
 from cromss_dist.train.run.watch import watching
 
 
 def test_events_become_lines_off_a_terminal(tmp_path: Path) -> None:
     out = io.StringIO()
-    with watching(tmp_path, Console(file=out, width=200)), (tmp_path / EVENTS_FILE).open("a") as file:
-        append_event(file, "stage", text="2 x cpu")
-        append_event(file, "start", total_samples=1000)
+    with watching(tmp_path, Console(file=out, width=200)), Spool(tmp_path) as spool:
+        spool.append("stage", text="2 x cpu")
+        spool.append("start", total_samples=1000)
         for samples in range(10, 1010, 10):
             metrics = {"train/loss/total": 2.5, "perf/samples_per_s": 40.0}
-            append_event(file, "progress", step=samples // 10, samples=samples, metrics=metrics)
+            spool.append("progress", step=samples // 10, samples=samples, metrics=metrics)
         metrics = {"val/loss/total": 3.25, "val/miou_s1": 0.25, "val/miou_s2": 0.5}
-        append_event(file, "validation", step=100, samples=1000, metrics=metrics)
-        append_event(file, "an event of a later version", text="is passed over")
+        spool.append("validation", step=100, samples=1000, metrics=metrics)
+        spool.append("an event of a later version", text="is passed over")
     lines = out.getvalue().splitlines()
     assert lines[0].strip() == "2 x cpu"
     assert sum("training" in line for line in lines) == 10
@@ -131,9 +131,9 @@ def test_what_goes_wrong_is_said_in_a_line_each(tmp_path: Path) -> None:
 
 
 def test_what_a_folder_says_of_an_earlier_start_is_not_shown_again(tmp_path: Path) -> None:
-    with (tmp_path / EVENTS_FILE).open("a") as file:
-        append_event(file, "stage", text="of before")
-        append_event(file, "start", total_samples=1000)
+    with Spool(tmp_path) as spool:
+        spool.append("stage", text="of before")
+        spool.append("start", total_samples=1000)
     again = [START, progress(600)]
     text = shown(tmp_path, [*again, *again], width=200)
     assert text.count("training") == 1
