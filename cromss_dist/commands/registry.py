@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cromss_dist.commands.importing import add_import
 from cromss_dist.commands.printing import REF_HELP, print_json, print_table
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def add_registry(commands: Any) -> None:
     store.add_argument("--json", action="store_true", help="print JSON for scripts instead of tables")
     _add_list(verbs, store)
     _add_show(verbs, store)
-    _add_pull(verbs, store)  # further verbs go here, one `add_<verb>` each, of files of their own
+    _add_pull(verbs, store)
+    add_import(verbs, store)  # further verbs go here, one `add_<verb>` each, of files of their own
 
 
 def _add_list(verbs: Any, store: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cromss_dist import __version__
+from cromss_dist.encoders.golden import package_encoder
 from cromss_dist.encoders.importing.checkpoint import Checkpoint, open_checkpoint
 from cromss_dist.encoders.importing.layouts import (
     LAYOUTS,
@@ -26,7 +27,6 @@ from cromss_dist.errors import BandError, ConfigError, PackageError
 from cromss_dist.models.encoder import build_encoder, load_strictly, stage_channels
 from cromss_dist.schema import CLASS_NAMES, Modality, check_bands
 from cromss_dist.tracking.package.card import EncoderCard
-from cromss_dist.tracking.package.folder import write_package
 from cromss_dist.tracking.revision import git_revision
 
 DEPTH = 5
@@ -66,7 +66,7 @@ class Facts:
     url: str = ""
 
 
-def import_encoder(file: Path, folder: Path, modality: Modality, facts: Facts | None = None) -> EncoderCard:
+def import_encoder(file: Path, folder: Path, modality: Modality, facts: Facts | None = None, run_id: str = "") -> EncoderCard:
     """Writes one encoder of a published checkpoint as a package; no code of the file is run.
 
     Floating-point weights narrower than float32 become float32, which holds them exactly; all others keep their bits.
@@ -76,6 +76,7 @@ def import_encoder(file: Path, folder: Path, modality: Modality, facts: Facts | 
         folder: Of the package; must not exist.
         modality: Which encoder: 's1' or 's2'.
         facts: What the file does not say.
+        run_id: Own id of the run that records the import; '' if none does.
 
     Returns:
         The package's card; its `origin` names the file, its sha256 and layout.
@@ -123,7 +124,7 @@ def import_encoder(file: Path, folder: Path, modality: Modality, facts: Facts | 
         patch_px=layout.patch_px,
         config_digest="",
         manifest_digest="",
-        run_id="",
+        run_id=run_id,
         git_revision=git_revision(),
         versions={"cromss_dist": __version__, "torch": version("torch")},
         metrics={},
@@ -131,7 +132,7 @@ def import_encoder(file: Path, folder: Path, modality: Modality, facts: Facts | 
         origin={"file": file.name, "sha256": checkpoint.sha256, "url": facts.url, "layout": _described(found)},
         classes=CLASS_NAMES if layout.method == "cromss" else (),
     )
-    return write_package(folder, state, card)
+    return package_encoder(folder, encoder, card)
 
 
 def _check_name(checkpoint: Checkpoint) -> None:

@@ -296,8 +296,8 @@ def _known(module: Any, name: Any) -> Name:
     if path not in _MADE and path not in _STORAGES and path not in _INERT:
         raise PackageError(
             f"The checkpoint asks for {path[:MAX_NAME_BYTES].replace(' ', '.', 1)!r}, which is neither a tensor nor known to "
-            "belong to a published checkpoint. Running it could do anything, so nothing of the file was run or loaded. Do not open "
-            "it with another program either, unless you know why it asks for that; take the file from its publisher again."
+            "belong to a published checkpoint. Running it could do anything, so nothing of the file was run or loaded. Do not "
+            "open it with another program either, unless you know why it asks for that; take the file from its publisher again."
         )
     return Name(path)
 
