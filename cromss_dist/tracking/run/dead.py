@@ -1,5 +1,6 @@
 """Runs whose process died before it could end them."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -92,11 +93,8 @@ def reap(
 
 
 def _is_here(folder: Path, run: str) -> bool:
-    """Whether a folder is seen from here and is that of a run; another machine may have another of the same name."""
-    try:
-        return run_id_of(folder) == run
-    except PermissionError:
-        return False
+    """Whether a folder is that of a run, and ours to write; another machine may have another of the same name."""
+    return os.access(folder, os.R_OK | os.W_OK) and run_id_of(folder) == run
 
 
 def _running(client: "MlflowClient") -> "Iterator[Run]":

@@ -76,6 +76,21 @@ def new_run_dir(config: RunConfig) -> Path:
 
 
 @contextmanager
+def holding(run_dir: Path) -> Iterator[bool]:
+    """Holds a run's folder while the block runs, if nobody else does; says whether it does."""
+    lock = os.open(run_dir / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(lock)
+
+
+@contextmanager
 def working_in(run_dir: Path, command: str, fresh: bool = False) -> Iterator[None]:
     """Holds a run's folder, clears what ended an earlier attempt, and says after an error how the run goes on.
 
@@ -87,15 +102,12 @@ def working_in(run_dir: Path, command: str, fresh: bool = False) -> Iterator[Non
     Raises:
         OutputExistsError: another launcher works in it, or workers of an earlier one that do not end.
     """
-    lock = os.open(run_dir / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with holding(run_dir) as held:
+        if not held:
             raise OutputExistsError(
                 f"Another process runs {run_dir}, and two in one folder would spoil its checkpoints; let it end, or ask it to "
                 f"stop with: touch {shlex.quote(str(run_dir / 'stop'))}"
-            ) from error
+            )
         new_ticket(run_dir)
         forget_stop(run_dir)
         set_aside_errors(run_dir)
@@ -107,8 +119,6 @@ def working_in(run_dir: Path, command: str, fresh: bool = False) -> Iterator[Non
             if not isinstance(error, (ConfigError, CheckpointError)):  # these say what has to change before
                 error.add_note(f"It goes on with: {command} --resume {shlex.quote(str(run_dir))}")
             raise
-    finally:
-        os.close(lock)
 
 
 def _start_over(run_dir: Path) -> None:
