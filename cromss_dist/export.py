@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 
 from cromss_dist import __version__
 from cromss_dist.config import RunConfig
+from cromss_dist.encoders.golden import package_encoder
 from cromss_dist.errors import StorageError
-from cromss_dist.models.encoder import stage_channels
+from cromss_dist.models.encoder import build_encoder, load_strictly, stage_channels
 from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.schema import MODALITIES, Modality
 from cromss_dist.tracking.package.card import EncoderCard
-from cromss_dist.tracking.package.folder import check_package, write_package
+from cromss_dist.tracking.package.folder import check_package
 from cromss_dist.tracking.revision import git_revision
 from cromss_dist.tracking.run.requests import flatten
 from cromss_dist.train.loop import Pretraining
@@ -122,7 +123,9 @@ def _write_package(
     )
     folder = run_dir / "encoders" / modality
     shutil.rmtree(folder, ignore_errors=True)  # of an export that was cut, or before the run was made longer
-    write_package(folder, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, card)
+    encoder = build_encoder(card.encoder, card.depth, card.in_channels)  # the networks may be on a GPU, or on several
+    load_strictly(encoder, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    package_encoder(folder, encoder, card)
     return folder
 
 

@@ -11,10 +11,10 @@ import torch
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.synthetic import SyntheticConfig, write_archive
+from cromss_dist.encoders.golden import package_encoder
 from cromss_dist.models.encoder import build_encoder, stage_channels
 from cromss_dist.schema import BANDS, NORMALISATION, Modality
 from cromss_dist.tracking.package.card import EncoderCard
-from cromss_dist.tracking.package.folder import write_package
 from cromss_dist.tracking.store import initialise_store
 
 
@@ -89,7 +89,7 @@ def make_card() -> MakeCard:
 def encoder_package(tmp_path_factory: pytest.TempPathFactory, make_card: MakeCard) -> Path:
     """The package of a random resnet18 of depth 3 on all Sentinel-2 bands. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("packages") / "s2"
-    write_package(folder, build_encoder("resnet18", 3, 13).state_dict(), make_card())
+    package_encoder(folder, build_encoder("resnet18", 3, 13), make_card())
     return folder
 
 

@@ -161,6 +161,7 @@ def spec_of(manifest: Json) -> SampleSpec:
         "seasons": arrays[LABEL_ARRAY]["shape"][0],
     }
     counts |= {"parts": parts["count"], "locations_per_part": parts["locations_per_part"], "index": manifest["index"]["size"]}
+    counts["inputs"] = manifest["ledger"]["inputs"]
     for name, count in counts.items():
         if type(count) is not int or not 0 < count <= MAX_COUNT:
             raise ValueError(f"{name} is {count!r}; allowed are whole numbers from 1 to {MAX_COUNT}")

@@ -1,6 +1,6 @@
-"""An encoder package: a folder with `encoder.safetensors` and `card.json`, and nothing else.
+"""An encoder package: a folder with `encoder.safetensors`, `golden.safetensors` and `card.json`, and nothing else.
 
-No file of a package can execute code: weights are safetensors, the card is JSON, and both are hashed before they are
+No file of a package can execute code: tensors are safetensors, the card is JSON, and all are hashed before they are
 parsed further. torch is imported only where tensors are read or written, so that checks stay quick.
 """
 
@@ -10,28 +10,43 @@ import os
 import stat
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import safetensors
 
 from cromss_dist.errors import OutputExistsError, PackageError
-from cromss_dist.tracking.package.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
+from cromss_dist.tracking.package.card import CARD_FILE, GOLDEN_FILE, WEIGHTS_FILE, EncoderCard
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FILES = frozenset({CARD_FILE, WEIGHTS_FILE})
-_MAX_CARD_BYTES = 1 << 20
+FILES = frozenset({CARD_FILE, WEIGHTS_FILE, GOLDEN_FILE})
+_MAX_BYTES = {CARD_FILE: 1 << 20, GOLDEN_FILE: 1 << 27, WEIGHTS_FILE: 1 << 36}
 
 
-def write_package(folder: Path, state_dict: "Mapping[str, Tensor]", card: EncoderCard) -> EncoderCard:
+@dataclass(frozen=True)
+class Package:
+    """What a package folder holds, every byte checked.
+
+    Args:
+        card: Its card.
+        weights: The encoder's state dict, on the CPU, sorted by name.
+        golden: `input`, the golden patch, and `stage_1`, ..., the features it must give; see `encoders/golden.py`.
+    """
+
+    card: EncoderCard
+    weights: "dict[str, Tensor]"
+    golden: "dict[str, Tensor]"
+
+
+def write_package(folder: Path, package: Package) -> EncoderCard:
     """Writes a package; `folder` appears whole, after it was read back and checked, or not at all.
 
     Args:
         folder: Must not exist.
-        state_dict: The encoder's weights; copied to the CPU.
-        card: `files` and `tensors_sha256` are filled in here.
+        package: Tensors are copied to the CPU; the card's `files` and `tensors_sha256` are filled in here.
 
     Returns:
         The card as written.
@@ -40,18 +55,17 @@ def write_package(folder: Path, state_dict: "Mapping[str, Tensor]", card: Encode
         OutputExistsError: `folder` is there already.
         PackageError: what was written does not read back.
     """
-    import safetensors.torch
-
     if folder.exists():
         raise OutputExistsError(f"{folder} exists already; a package is never overwritten. Choose another folder.")
-    # Copies: safetensors refuses tensors that share memory.
-    weights = safetensors.torch.save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()})
-    card = card.with_files({WEIGHTS_FILE: _sha256(weights)}, _tensors_sha256(weights))
+    contents = {WEIGHTS_FILE: _serialised(package.weights), GOLDEN_FILE: _serialised(package.golden)}
+    digests = {name: _sha256(content) for name, content in contents.items()}
+    card = package.card.with_files(digests, _tensors_sha256(contents[WEIGHTS_FILE]))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         draft = Path(scratch) / folder.name
         draft.mkdir()
-        _write(draft / WEIGHTS_FILE, weights)
+        for name, content in contents.items():
+            _write(draft / name, content)
         _write(draft / CARD_FILE, card.to_json().encode())
         check_package(draft)
         place(draft, folder)
@@ -67,17 +81,18 @@ def check_package(folder: Path) -> EncoderCard:
     return _read(folder)[0]
 
 
-def read_package(folder: Path) -> "tuple[EncoderCard, dict[str, Tensor]]":
-    """The card and the weights (on the CPU) of a package, after `check_package`'s checks.
+def read_package(folder: Path) -> Package:
+    """Card and tensors of a package, after `check_package`'s checks.
 
     Raises:
         PackageError: anything is missing, too much or changed.
     """
     import safetensors.torch
 
-    card, weights = _read(folder)
-    tensors = safetensors.torch.load(weights)  # the bytes that were hashed, not the file again
-    return card, dict(sorted(tensors.items()))  # safetensors' own order differs from call to call
+    card, contents = _read(folder)
+    # Of the bytes that were hashed, not of the files again; safetensors' own order differs from call to call.
+    tensors = {name: dict(sorted(safetensors.torch.load(content).items())) for name, content in contents.items()}
+    return Package(card, tensors[WEIGHTS_FILE], tensors[GOLDEN_FILE])
 
 
 def card_sha256(card: EncoderCard) -> str:
@@ -99,51 +114,57 @@ def place(draft: Path, folder: Path) -> None:
         raise
 
 
-def _read(folder: Path) -> tuple[EncoderCard, bytes]:
+def _read(folder: Path) -> tuple[EncoderCard, dict[str, bytes]]:
     if not folder.is_dir():
-        raise PackageError(f"{folder} is not a folder; an encoder package is one with {WEIGHTS_FILE} and {CARD_FILE}.")
+        raise PackageError(f"{folder} is not a folder; an encoder package is one with {', '.join(sorted(FILES))}.")
     names = {entry.name for entry in os.scandir(folder)}
     if not names:
         raise PackageError(
             f"{folder} is empty. `mlflow gc` deletes the files of a deleted run although registered versions still point to "
             "them; restore that run's artifacts or register the encoder again."
         )
+    if CARD_FILE in names:  # first, since a package of another version has other files, too
+        card = _read_card(folder)
     if names != FILES:
         raise PackageError(
             f"{folder}: missing files {sorted(FILES - names)}, unknown files {sorted(names - FILES)}; "
-            f"a package has exactly {CARD_FILE} and {WEIGHTS_FILE}. Fetch the package again."
+            f"a package has exactly {', '.join(sorted(FILES))}. Fetch the package again."
         )
-    card_bytes = _read_file(folder / CARD_FILE, _MAX_CARD_BYTES)
+    if card.files.keys() != FILES - {CARD_FILE}:
+        raise PackageError(
+            f"{folder / CARD_FILE} lists {sorted(card.files)}; a package has exactly {', '.join(sorted(FILES - {CARD_FILE}))} "
+            "beside its card."
+        )
+    contents = {name: _read_file(folder / name) for name in card.files}
+    for name, content in contents.items():
+        if _sha256(content) != card.files[name]:
+            raise PackageError(
+                f"{folder / name} has sha256 {_sha256(content)}, its card states {card.files[name]}; it was damaged or "
+                "changed. Fetch the package again."
+            )
+        tensors = _tensors_sha256(content, folder / name)
+        if name == WEIGHTS_FILE and tensors != card.tensors_sha256:
+            raise PackageError(
+                f"{folder / name} has tensor list sha256 {tensors}, its card states {card.tensors_sha256}. "
+                "Fetch the package again."
+            )
+    return card, contents
+
+
+def _read_card(folder: Path) -> EncoderCard:
     try:
-        card = EncoderCard.from_json(card_bytes.decode())
+        return EncoderCard.from_json(_read_file(folder / CARD_FILE).decode())
     except UnicodeDecodeError as error:
         raise PackageError(f"{folder / CARD_FILE} is not UTF-8: {error}. Fetch the package again.") from None
     except PackageError as error:
         raise PackageError(f"{folder}: {error}") from None
-    if card.files.keys() != {WEIGHTS_FILE}:
-        raise PackageError(
-            f"{folder / CARD_FILE} lists {sorted(card.files)}; a package has exactly {WEIGHTS_FILE} beside its card."
-        )
-    weights = _read_file(folder / WEIGHTS_FILE)
-    if _sha256(weights) != card.files[WEIGHTS_FILE]:
-        raise PackageError(
-            f"{folder / WEIGHTS_FILE} has sha256 {_sha256(weights)}, its card states {card.files[WEIGHTS_FILE]}; it was "
-            "damaged or changed. Fetch the package again."
-        )
-    tensors = _tensors_sha256(weights)
-    if tensors != card.tensors_sha256:
-        raise PackageError(
-            f"{folder / WEIGHTS_FILE} has tensor list sha256 {tensors}, its card states {card.tensors_sha256}. "
-            "Fetch the package again."
-        )
-    return card, weights
 
 
-def _read_file(path: Path, limit: int | None = None) -> bytes:
-    status = path.lstat()
+def _read_file(path: Path) -> bytes:
+    status, limit = path.lstat(), _MAX_BYTES[path.name]
     if not stat.S_ISREG(status.st_mode):  # a link could point anywhere
         raise PackageError(f"{path} is not a regular file. Fetch the package again.")
-    if limit is not None and status.st_size > limit:
+    if status.st_size > limit:
         raise PackageError(f"{path} has {status.st_size} bytes; at most {limit} are read. Fetch the package again.")
     return path.read_bytes()
 
@@ -155,11 +176,18 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _tensors_sha256(weights: bytes) -> str:
+def _serialised(tensors: "Mapping[str, Tensor]") -> bytes:
+    import safetensors.torch
+
+    # Copies: safetensors refuses tensors that share memory.
+    return safetensors.torch.save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()})
+
+
+def _tensors_sha256(content: bytes, path: Path | str = WEIGHTS_FILE) -> str:
     try:
-        tensors = safetensors.deserialize(weights)  # type: ignore[no-untyped-call]
+        tensors = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
-        raise PackageError(f"{WEIGHTS_FILE} is not in safetensors format: {error}.") from None
+        raise PackageError(f"{path} is not in safetensors format: {error}.") from None
     listing = sorted((name, spec["dtype"], list(spec["shape"])) for name, spec in tensors)
     return _sha256(json.dumps(listing).encode())
 

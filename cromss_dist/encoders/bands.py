@@ -1,0 +1,111 @@
+"""A pretrained encoder for other bands than it was trained with: fewer, in another order, or some that it never saw.
+
+Only the first convolution knows bands. Its channels are selected by name; all other weights stay as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cromss_dist.encoders.pretrained import Adaptation, MissingRule, PretrainedEncoder
+from cromss_dist.errors import BandError
+from cromss_dist.models.encoder import build_encoder, load_strictly
+from cromss_dist.schema import NORMALISATION, Normalisation, check_bands
+from cromss_dist.tracking.package.card import EncoderCard
+
+
+def for_bands(
+    encoder: PretrainedEncoder, bands: Sequence[str], missing: Literal["error"] | MissingRule = "error"
+) -> PretrainedEncoder:
+    """The encoder for exactly these bands, in this order.
+
+    The law: a channel of a band that it was trained with keeps its weights, bit for bit. So the features are those of
+    the whole encoder whose left-out bands are 0 in its input, and whose missing bands are not there ('zeros'), up to the
+    rounding of sums in another order.
+
+    Args:
+        encoder: As trained.
+        bands: The bands you will feed, in your order.
+        missing: What to do about bands that it was not trained with. 'error' refuses them. 'zeros' gives them weights of 0:
+            they change nothing until you train. 'mean' gives them the mean of the weights of all bands it was trained with.
+
+    Returns:
+        `encoder` itself where `bands` are its own; else a new one, with a card of its own and `adapted`.
+
+    Raises:
+        BandError: a band is unknown to the modality or given twice; it was not trained with one, and `missing` does not say
+            what to do; or it was scaled by a rule or in units that the statistics of missing bands are not in.
+    """
+    card, bands = encoder.card, tuple(bands)
+    try:
+        check_bands(card.modality, bands)
+    except BandError as error:
+        raise BandError(f"{error} {_takes(card)}") from None
+    if bands == card.bands:
+        return encoder
+    lacking = tuple(band for band in bands if band not in card.bands)
+    if missing == "error" and lacking:
+        raise BandError(
+            f"{_takes(card)} It was not trained with {', '.join(lacking)}. Leave these out, or say how they get weights: "
+            "missing='zeros' (no influence until you train) or 'mean' (the mean of its bands')."
+        )
+    rule = None if missing == "error" or not lacking else missing
+    contract = _contract(card, bands, lacking)
+    adapted = Adaptation(card.bands, lacking, rule)
+    own = replace(
+        card,
+        bands=bands,
+        normalisation=contract,
+        in_channels=len(bands),
+        metrics={},  # figures and digests are of the encoder as trained
+        evidence=(),
+        files={},
+        tensors_sha256="",
+        recipe=card.recipe | {"adapted.trained_bands": ",".join(card.bands), "adapted.missing": rule or ""},
+    )
+    return PretrainedEncoder(own, _adapted(card, encoder.encoder.state_dict(), bands, rule), adapted)
+
+
+def _adapted(card: EncoderCard, state: dict[str, Tensor], bands: tuple[str, ...], rule: MissingRule | None) -> nn.Module:
+    """An encoder of `bands` with the weights in `state`, which are of the bands on the card."""
+    built = build_encoder(card.encoder, card.depth, len(bands))
+    # Where the number of bands stays, an encoder of another number shows which weight belongs to them.
+    other = built if len(bands) != card.in_channels else build_encoder(card.encoder, card.depth, card.in_channels + 1)
+    key = _input_weight(card, state, other.state_dict())
+    weight_OCHW = state[key]
+    fill_OHW = weight_OCHW.mean(1) if rule == "mean" else torch.zeros_like(weight_OCHW[:, 0])
+    channels = [weight_OCHW[:, card.bands.index(band)] if band in card.bands else fill_OHW for band in bands]
+    load_strictly(built, state | {key: torch.stack(channels, 1)})
+    return built
+
+
+def _input_weight(card: EncoderCard, state: dict[str, Tensor], other: dict[str, Tensor]) -> str:
+    """Name of the one weight whose shape depends on the number of bands, with a channel for each of them."""
+    keys = [key for key in state if key not in other or state[key].shape != other[key].shape]
+    if len(keys) == 1 and state[keys[0]].ndim == 4 and state[keys[0]].shape[1] == card.in_channels:
+        return keys[0]
+    raise BandError(
+        f"Encoder {card.encoder!r} has no single first convolution with a channel a band (its bands shape {keys}), so that other "
+        f"bands cannot be selected. {_takes(card)} Give all of these."
+    )
+
+
+def _contract(card: EncoderCard, bands: tuple[str, ...], lacking: tuple[str, ...]) -> Normalisation:
+    """How each band is scaled: as in training; a missing one as SSL4EO-S12's statistics say, if they fit the others."""
+    trained, known = card.normalisation, NORMALISATION[card.modality]
+    if lacking and (trained.rule, trained.units) != (known.rule, known.units):
+        raise BandError(
+            f"How {', '.join(lacking)} would be scaled is not known: the encoder's inputs are in {trained.units!r} by "
+            f"{trained.rule!r}, the statistics of missing bands in {known.units!r} by {known.rule!r}. Leave these bands out."
+        )
+    of = {band: (known.mean[i], known.std[i]) for i, band in enumerate(known.bands)}
+    of |= {band: (trained.mean[i], trained.std[i]) for i, band in enumerate(trained.bands)}
+    mean, std = zip(*(of[band] for band in bands), strict=True)
+    return replace(trained, bands=bands, mean=mean, std=std)
+
+
+def _takes(card: EncoderCard) -> str:
+    return f"The encoder takes {len(card.bands)} {card.modality} bands, {', '.join(card.bands)}."
