@@ -11,26 +11,11 @@ import pytest
 from cromss_dist.errors import OutputExistsError, PackageError, RegistryError
 from cromss_dist.tracking.package.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
 from cromss_dist.tracking.package.folder import check_package, read_package, write_package
-from cromss_dist.tracking.registry.registry import RegisteredEncoder, Registry
-from cromss_dist.tracking.run.runs import RunTracker
+from cromss_dist.tracking.registry.entry import RegisteredEncoder
+from cromss_dist.tracking.registry.registry import Registry
 from cromss_dist.tracking.store import connect, sqlite_path
 from tests.tracking.package.payload import Payload
-
-NAME = "cromss-resnet18-s2"
-
-
-@pytest.fixture
-def run_id(store_uri: str) -> str:
-    with RunTracker(store_uri, "cromss", "r") as run:
-        return run.run_id
-
-
-@pytest.fixture
-def registry(store_uri: str, run_id: str, encoder_package: Path) -> Registry:
-    """A registry with version 1 of one model, alias 'candidate'."""
-    registry = Registry(store_uri)
-    registry.register(encoder_package, NAME, run_id, tags={"note": "first"})
-    return registry
+from tests.tracking.registry.conftest import NAME
 
 
 @pytest.fixture
@@ -67,7 +52,7 @@ def test_a_version_carries_what_a_list_needs(registry: Registry, run_id: str) ->
     assert entry.tags["encoder"] == "resnet18"
     assert entry.tags["bands"].split(",")[:2] == ["B1", "B2"]
     assert entry.tags["note"] == "first"
-    shown, card = registry.show(entry.ref)
+    shown, card = registry.card(entry.ref)
     assert shown == entry
     assert card.modality == "s2"
 
@@ -250,5 +235,5 @@ def test_a_card_may_differ_from_another_only_in_its_run(
     again: EncoderCard = replace(card, run_id=run_id)
     write_package(tmp_path / "again", state, again)
     entry = registry.register(tmp_path / "again", NAME, run_id)
-    assert registry.show(entry.ref)[1].run_id == run_id
-    assert registry.show(f"{NAME}/1")[1].run_id == card.run_id  # the first version's files are still its own
+    assert registry.card(entry.ref)[1].run_id == run_id
+    assert registry.card(f"{NAME}/1")[1].run_id == card.run_id  # the first version's files are still its own
