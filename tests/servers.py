@@ -18,6 +18,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from unittest import mock
 
 from cromss_dist.tracking.store import initialise_store
 
@@ -81,7 +82,7 @@ class Postgres:
         return self._create("template0")
 
     def store(self) -> str:
-        """URI of a new, empty MLflow store: a copy of one that was made once, which takes seconds."""
+        """URI of a new, empty MLflow store: a copy of one that is made once, which takes seconds."""
         return self._create(self._template)
 
     def start(self) -> None:
@@ -130,7 +131,8 @@ class Postgres:
     @cached_property
     def _template(self) -> str:
         uri = self.empty_database()
-        initialise_store(uri)
+        with mock.patch.dict(os.environ, CROMSS_ARTIFACT_ROOT=str(self.folder / "artifacts")):
+            initialise_store(uri)
         return uri.rpartition("/")[2].partition("?")[0]
 
     def _create(self, template: str) -> str:

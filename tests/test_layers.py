@@ -38,6 +38,7 @@ HOMES = {
     "deepspeed": ("cromss_dist/train/step/engine.py", "cromss_dist/train/step/master.py"),
     "ray": ("launch/",),
     "mlflow": ("cromss_dist/tracking/",),
+    "sqlalchemy": ("cromss_dist/tracking/store.py", "cromss_dist/tracking/postgres.py"),
     "webdataset": (),  # its format is written and read without it; tests open our shards with it
     "segmentation_models_pytorch": ("cromss_dist/models/",),
     "timm": ("cromss_dist/models/",),

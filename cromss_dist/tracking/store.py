@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
 
 from cromss_dist.errors import RegistryError, StorageError
+from cromss_dist.tracking import postgres
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,7 +41,7 @@ def tracking_uri(uri: str | None = None) -> str:
             `sqlite:///<working directory>/runs/mlflow.db`.
 
     Raises:
-        RegistryError: the URI is of a kind that cannot hold runs and a registry.
+        RegistryError: the URI is of a kind that cannot hold runs and a registry, or has a password in it.
     """
     named = {
         "--tracking_uri": uri,
@@ -48,12 +50,16 @@ def tracking_uri(uri: str | None = None) -> str:
         "default": f"{_SQLITE}runs/mlflow.db",
     }
     source, chosen = next((source, value) for source, value in named.items() if value)
+    _refuse_credentials(source, chosen)
     if chosen.startswith(_SQLITE):
         return f"{_SQLITE}{Path(chosen.removeprefix(_SQLITE)).absolute()}"
-    if chosen.split("://")[0] not in ("http", "https") and not chosen.startswith(("postgresql", "mysql")):
+    scheme, _, rest = chosen.partition("://")
+    if scheme in ("postgres", "postgresql", "postgresql+psycopg2"):
+        return f"{postgres.SCHEME}{rest}"
+    if scheme not in ("http", "https"):
         raise RegistryError(
-            f"Tracking URI {chosen!r} ({source}) is not allowed; give sqlite:///<file>, http(s)://<server> or a database URI "
-            "(MLflow's plain folders hold no registry and are no longer supported)."
+            f"Tracking URI {chosen!r} ({source}) is not allowed; give sqlite:///<file>, http(s)://<server> or "
+            "postgresql://<user>@<host>/<database> (MLflow's plain folders hold no registry and are no longer supported)."
         )
     return chosen
 
@@ -64,55 +70,47 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def artifact_root(uri: str) -> Path | None:
-    """Folder of artifacts beside a SQLite store; None for servers, which choose themselves."""
+    """Folder of the artifacts of a store: beside a SQLite file; what a PostgreSQL store was created with; None for servers.
+
+    Raises:
+        RegistryError: the PostgreSQL store has no tables, or it is a server's and only that server has the artifacts.
+    """
+    if uri.startswith(postgres.SCHEME):
+        return postgres.artifact_root(uri)
     path = sqlite_path(uri)
     return None if path is None else path.parent / "artifacts"
 
 
 def initialise_store(uri: str) -> None:
-    """Creates a SQLite store that is not there yet; any number of processes may call it at once.
+    """Creates a SQLite store, or the tables of a PostgreSQL one, where they are missing; any number of processes may call it.
 
-    MLflow itself creates tables without a lock: parallel first starts fail and can leave a half-built database. Here
-    one process builds it under a lock, in a scratch file that takes its name when complete.
+    MLflow itself creates tables without a lock: parallel first starts fail and can leave a half-built database. Here one
+    process builds under a lock: SQLite's in a scratch file that takes its name when complete, PostgreSQL's under an advisory
+    lock, which ends with its holder; what a dead holder left is completed by the next. Servers build their own. SQLite's journal
+    stays as it is: a write-ahead log is shared memory, which network file systems do not have.
 
     Raises:
         StorageError: the folder or the disk does not take it.
+        RegistryError: PostgreSQL cannot be reached, or `CROMSS_ARTIFACT_ROOT` does not say where its artifacts go.
     """
-    path = sqlite_path(uri)
-    if path is None or path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            return
-        _import_mlflow()
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-        from sqlalchemy.exc import OperationalError
-
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            draft = Path(scratch) / path.name
-            try:
-                store = SqlAlchemyStore(f"{_SQLITE}{draft}", str(path.parent / "artifacts"))  # type: ignore[no-untyped-call]
-            except OperationalError as error:
-                raise StorageError(
-                    f"No MLflow store can be created at {path}: {error.orig}. Check the disk's free space, or give another place "
-                    "with tracking.uri or CROMSS_TRACKING_URI."
-                ) from error
-            store.engine.dispose()
-            os.replace(draft, path)
+    if uri.startswith(postgres.SCHEME):
+        postgres.initialise(uri, _build)
+    elif (path := sqlite_path(uri)) and not path.exists():
+        _initialise_sqlite(path)
 
 
 def connect(uri: str) -> "MlflowClient":
     """A client of an existing store; a look-up never creates one.
 
     Raises:
-        RegistryError: the SQLite file is missing or is no MLflow store.
+        RegistryError: the SQLite file is missing or is no MLflow store; the same of a PostgreSQL database.
     """
     path = sqlite_path(uri)
     if path is not None:
         _check_sqlite(path)
     _import_mlflow()
+    if uri.startswith(postgres.SCHEME):
+        postgres.artifact_root(uri)  # MLflow itself would try for minutes, and create tables
     from mlflow import MlflowClient
 
     with mlflow_errors(f"The store {uri} cannot be opened"):
@@ -134,6 +132,52 @@ def brief(error: Exception) -> str:
     """What an exception of MLflow says, in one line: a database's own words without the SQL around them."""
     words = getattr(error.__cause__, "orig", None) or error
     return str(words).splitlines()[0].rstrip(".")
+
+
+def _refuse_credentials(source: str, uri: str) -> None:
+    """A URI is printed, recorded with runs and seen in lists of processes; a login must not be."""
+    parts = urlsplit(uri)
+    login, _, host = parts.netloc.rpartition("@")
+    secret = ":" in login or {"password", "sslpassword"} & parse_qs(parts.query).keys()
+    if parts.scheme in ("http", "https") and login:
+        mend = "its login in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    elif parts.scheme.startswith("postgres") and secret:
+        login, mend = login.partition(":")[0], "its password in ~/.pgpass or the file that PGPASSFILE names (mode 0600)"
+        host = f"{login}@{host}" if login else host
+    else:
+        return
+    raise RegistryError(
+        f"The tracking URI ({source}) holds a login, which logs and run folders would show; give {parts.scheme}://{host}"
+        f"{parts.path} and {mend}."
+    )
+
+
+def _initialise_sqlite(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        from sqlalchemy.exc import OperationalError
+
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            draft = Path(scratch) / path.name
+            try:
+                _build(f"{_SQLITE}{draft}", path.parent / "artifacts")
+            except OperationalError as error:
+                raise StorageError(
+                    f"No MLflow store can be created at {path}: {error.orig}. Check the disk's free space, or give another place "
+                    "with tracking.uri or CROMSS_TRACKING_URI."
+                ) from error
+            os.replace(draft, path)
+
+
+def _build(uri: str, artifacts: Path) -> None:
+    _import_mlflow()
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    store = SqlAlchemyStore(uri, str(artifacts))  # type: ignore[no-untyped-call]
+    store.engine.dispose()
 
 
 def _check_sqlite(path: Path) -> None:
