@@ -110,8 +110,8 @@ def _add_reap(verbs: Any) -> None:
     parser = verbs.add_parser(
         "reap",
         help="mark runs that died as KILLED",
-        description="Marks as KILLED what a store has as RUNNING although its process is gone: the run's folder is seen from here "
-        "and nobody works in it, or it gave no sign of life for so long.",
+        description="Marks as KILLED what a store has as RUNNING although its process is gone: the run's folder is "
+        "seen from here and nobody works in it, or it gave no sign of life for so long.",
     )
     parser.add_argument("--older", type=float, metavar="SECONDS", default=900.0, help="of silence (default: %(default)g)")
     parser.add_argument("--dry-run", action="store_true", help="list them, and change nothing")
