@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from unittest import mock
+from urllib.parse import urlsplit
 
 from cromss_dist.tracking.store import initialise_store
 
@@ -133,7 +134,7 @@ class Postgres:
         uri = self.empty_database()
         with mock.patch.dict(os.environ, CROMSS_ARTIFACT_ROOT=str(self.folder / "artifacts")):
             initialise_store(uri)
-        return uri.rpartition("/")[2].partition("?")[0]
+        return urlsplit(uri).path.removeprefix("/")
 
     def _create(self, template: str) -> str:
         self._count += 1

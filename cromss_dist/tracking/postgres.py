@@ -81,7 +81,7 @@ def _connection(uri: str) -> "Iterator[Connection]":
             yield connection
     except DBAPIError as error:
         raise RegistryError(
-            f"{uri} cannot be used: {' '.join(str(error.orig).split())}. Check that the server is up, and the password in "
+            f"{uri} cannot be used: {str(error.orig).splitlines()[0]}. Check that the server is up, and the password in "
             "~/.pgpass or the file that PGPASSFILE names."
         ) from error
     finally:

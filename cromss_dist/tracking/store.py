@@ -138,18 +138,16 @@ def _refuse_credentials(source: str, uri: str) -> None:
     """A URI is printed, recorded with runs and seen in lists of processes; a login must not be."""
     parts = urlsplit(uri)
     login, _, host = parts.netloc.rpartition("@")
-    secret = ":" in login or {"password", "sslpassword"} & parse_qs(parts.query).keys()
-    if parts.scheme in ("http", "https") and login:
+    user, _, password = login.partition(":")
+    mend = "its password in ~/.pgpass or the file that PGPASSFILE names (mode 0600)"
+    if parts.scheme in ("http", "https"):  # a user alone may be a token
+        user, password = "", login
         mend = "its login in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    elif parts.scheme.startswith("postgres") and secret:
-        login, mend = login.partition(":")[0], "its password in ~/.pgpass or the file that PGPASSFILE names (mode 0600)"
-        host = f"{login}@{host}" if login else host
-    else:
-        return
-    raise RegistryError(
-        f"The tracking URI ({source}) holds a login, which logs and run folders would show; give {parts.scheme}://{host}"
-        f"{parts.path} and {mend}."
-    )
+    if password or {"password", "sslpassword"} & parse_qs(parts.query).keys():
+        place = f"{parts.scheme}://{user}{'@' if user else ''}{host}{parts.path}"
+        raise RegistryError(
+            f"The tracking URI ({source}) holds a login, which logs and run folders would show; give {place} and {mend}."
+        )
 
 
 def _initialise_sqlite(path: Path) -> None:
