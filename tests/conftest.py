@@ -3,6 +3,7 @@
 import shutil
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,13 +53,18 @@ def store_uri(template_store: Path, tmp_path: Path) -> str:
 MakeCard = Callable[..., EncoderCard]
 
 
+@cache
+def _stages(encoder: str, depth: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return stage_channels(build_encoder(encoder, depth, 3))
+
+
 @pytest.fixture(scope="session")
 def make_card() -> MakeCard:
     """Makes a card for an encoder of all bands of a modality."""
 
     def make(encoder: str = "resnet18", depth: int = 3, modality: Modality = "s2", run_id: str = "0" * 32) -> EncoderCard:
         bands = BANDS[modality]
-        channels, strides = stage_channels(build_encoder(encoder, depth, len(bands)))
+        channels, strides = _stages(encoder, depth)
         return EncoderCard(
             modality=modality,
             bands=bands,
