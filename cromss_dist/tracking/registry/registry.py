@@ -27,9 +27,7 @@ from cromss_dist.tracking.registry.entry import (
     card_tags,
     check_alias,
     check_name,
-)
-from cromss_dist.tracking.registry.entry import (
-    parse_ref as parse_ref,
+    parse_ref,
 )
 from cromss_dist.tracking.registry.history import move_alias
 from cromss_dist.tracking.store import connect, mlflow_errors, tracking_uri

@@ -52,8 +52,8 @@ def make_package(tmp_path: Path, encoder_package: Path) -> MakePackage:
     """Makes a package of the same weights, with other facts on its card."""
 
     def make(folder: str, **facts: Any) -> Path:
-        card, state = read_package(encoder_package)[:2]
-        write_package(tmp_path / folder, state, replace(card, **facts))
+        package = read_package(encoder_package)
+        write_package(tmp_path / folder, replace(package, card=replace(package.card, **facts)))
         return tmp_path / folder
 
     return make

@@ -9,20 +9,21 @@ from typing import Any
 import pytest
 
 from cromss_dist.errors import OutputExistsError, PackageError, RegistryError
-from cromss_dist.tracking.package.card import CARD_FILE, WEIGHTS_FILE, EncoderCard
-from cromss_dist.tracking.package.folder import check_package, read_package, write_package
+from cromss_dist.tracking.package.card import CARD_FILE, WEIGHTS_FILE
+from cromss_dist.tracking.package.folder import FILES, check_package, read_package, write_package
 from cromss_dist.tracking.registry.entry import RegisteredEncoder
 from cromss_dist.tracking.registry.registry import Registry
 from cromss_dist.tracking.store import connect, sqlite_path
 from tests.tracking.package.payload import Payload
-from tests.tracking.registry.conftest import NAME
+from tests.tracking.registry.conftest import NAME, MakePackage
 
 
 @pytest.fixture
 def other_package(tmp_path: Path, encoder_package: Path) -> Path:
     """A package with other weights."""
-    card, state = read_package(encoder_package)
-    write_package(tmp_path / "other", {key: tensor + 1 for key, tensor in state.items()}, card)
+    package = read_package(encoder_package)
+    weights = {key: tensor + 1 for key, tensor in package.weights.items()}
+    write_package(tmp_path / "other", replace(package, weights=weights))
     return tmp_path / "other"
 
 
@@ -31,7 +32,7 @@ def stored_folder(entry: RegisteredEncoder) -> Path:
 
 
 def same_files(a: Path, b: Path) -> bool:
-    return all((a / name).read_bytes() == (b / name).read_bytes() for name in (CARD_FILE, WEIGHTS_FILE))
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES)
 
 
 @pytest.mark.parametrize("ref", ["@candidate", "/1", ":1"])
@@ -116,7 +117,7 @@ def test_files_changed_in_the_store_are_refused_and_nothing_is_placed(
     registry: Registry, other_package: Path, tmp_path: Path
 ) -> None:
     stored = stored_folder(registry.resolve(f"{NAME}/1"))
-    for name in (CARD_FILE, WEIGHTS_FILE):  # a package that is whole, and another one
+    for name in FILES:  # a package that is whole, and another one
         shutil.copyfile(other_package / name, stored / name)
     check_package(stored)
     with pytest.raises(PackageError, match=r"registered with card sha256 .* its files were exchanged"):
@@ -228,12 +229,7 @@ def test_every_page_of_a_long_list_is_read(registry: Registry, run_id: str, monk
     assert [entry.version for entry in registry.list()] == [5, 4, 3, 2, 1]
 
 
-def test_a_card_may_differ_from_another_only_in_its_run(
-    registry: Registry, run_id: str, encoder_package: Path, tmp_path: Path
-) -> None:
-    card, state = read_package(encoder_package)
-    again: EncoderCard = replace(card, run_id=run_id)
-    write_package(tmp_path / "again", state, again)
-    entry = registry.register(tmp_path / "again", NAME, run_id)
-    assert registry.card(entry.ref)[1].run_id == run_id
-    assert registry.card(f"{NAME}/1")[1].run_id == card.run_id  # the first version's files are still its own
+def test_a_card_may_differ_from_another_only_in_its_run(registry: Registry, run_id: str, make_package: MakePackage) -> None:
+    entry = registry.register(make_package("again", run_id="own id"), NAME, run_id)
+    assert registry.card(entry.ref)[1].run_id == "own id"
+    assert registry.card(f"{NAME}/1")[1].run_id == "0" * 32  # the first version's files are still its own
