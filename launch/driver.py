@@ -74,7 +74,7 @@ def drive(
     run = _Run(config, run_dir, demand, cluster.wait_s, address, profile)
     with passing_on_signals(run_dir), ExitStack() as joined:
         if address is not None:
-            run.logs = _join(joined, run, allow_insecure, code)
+            run.logs = _connect(joined, run, allow_insecure, code)
         while (cause := run.attempt()) is not None:
             run.recover(cause)
     summary = read_summary(run_dir)
@@ -124,7 +124,7 @@ class _Run:
         """As `attempt`; an end that is no error is raised, so that Ray's logs stay."""
         with ExitStack() as stack:
             if self.address is None:  # what is lost may be Ray's, so that each attempt here has one of its own
-                self.logs = _start(stack, self)
+                self.logs = _connect(stack, self)
             places = wait_for_room(self.demand, self.wait_s, self.run_dir, is_first=self.world == 0)
             if self.world not in (0, len(places)):
                 tell(self.run_dir, f"{len(places)} worker{'s' if len(places) > 1 else ''} in place of {self.world}.")
@@ -212,19 +212,12 @@ def _summed_up(cause: Exception, causes: Sequence[str]) -> Exception:
     return type(cause)(f"{cause} So it went {len(causes)} times in a row without a new checkpoint; before: {before}")
 
 
-def _start(stack: ExitStack, run: _Run) -> str:
-    """A private Ray on this machine, until the stack closes; returns the folder of its logs."""
+def _connect(stack: ExitStack, run: _Run, allow_insecure: bool = False, code: Path = ROOT) -> str:
+    """Ray until the stack closes, a private one or the cluster that is there; returns the folder of its logs."""
     with holding_signals():
-        logs = stack.enter_context(ray_cluster(run.demand.worlds[0] * run.demand.cpus, setup_hook=quiet))
+        num_cpus = run.demand.worlds[0] * run.demand.cpus
+        logs = stack.enter_context(ray_cluster(num_cpus, run.address, quiet, allow_insecure, code))
         stack.enter_context(passing_on_signals(run.run_dir))  # again: Ray has set a handler of its own
-    return logs
-
-
-def _join(stack: ExitStack, run: _Run, allow_insecure: bool, code: Path) -> str:
-    """The cluster that is there, until the stack closes; returns the folder of its logs."""
-    with holding_signals():
-        logs = stack.enter_context(ray_cluster(0, run.address, quiet, allow_insecure, code))
-        stack.enter_context(passing_on_signals(run.run_dir))
     return logs
 
 

@@ -48,7 +48,7 @@ def cluster(
     """A Ray cluster: of this machine, needing a token, listening on loopback and ending with the block; or one to join.
 
     Args:
-        num_cpus: Of the cluster that is started.
+        num_cpus: Of the cluster that is started; one that is joined has its own.
         address: Of the cluster that is joined; None: starts one.
         setup_hook: Called in each of Ray's processes before anything else.
         allow_insecure: Whether a cluster is joined without a token.
