@@ -7,6 +7,7 @@ import argparse
 from typing import Any
 
 from cromss_dist.commands.importing import add_import
+from cromss_dist.commands.publishing import add_publish
 from cromss_dist.commands.registry_aliases import add_evidence, add_history, add_promote, add_retire, add_rollback
 from cromss_dist.commands.registry_find import add_find, add_list
 from cromss_dist.commands.registry_show import add_diff, add_show, add_trace
@@ -51,4 +52,5 @@ def add_registry(commands: Any) -> None:
     add_retire(verbs, store)
     add_evidence(verbs, store)
     add_check(verbs, store)
+    add_publish(verbs, store)
     add_import(verbs, store)  # further verbs go here, one `add_<verb>` each, of files of their own

@@ -39,14 +39,16 @@ def load_encoder(
         PackageError: the package is incomplete or was changed, or computes something else here.
         RegistryError: no such model, alias, version or store.
     """
-    encoder = PretrainedEncoder.of(read_package(_folder(ref, tracking_uri, cache, offline)))
+    folder = local_package(ref) or cached_package(str(ref), tracking_uri=tracking_uri, cache=cache, offline=offline).folder
+    encoder = PretrainedEncoder.of(read_package(folder))
     return encoder if bands is None else for_bands(encoder, bands, missing)
 
 
-def _folder(ref: str | Path, tracking_uri: str | None, cache: str | Path | None, offline: bool) -> Path:
+def local_package(ref: str | Path) -> Path | None:
+    """The package that a path means: itself, or the one in a published folder. None: `ref` refers to the registry."""
     folder = Path(ref).expanduser()
     # A folder is one only if it is there or written like a path: a registry reference may hold one slash.
-    if folder.is_dir() or str(ref).startswith((".", "/", "~")):
-        published = folder / PUBLISHED_PACKAGE
-        return published if published.is_dir() and not (folder / CARD_FILE).exists() else folder
-    return cached_package(str(ref), tracking_uri=tracking_uri, cache=cache, offline=offline).folder
+    if not folder.is_dir() and not str(ref).startswith((".", "/", "~")):
+        return None
+    published = folder / PUBLISHED_PACKAGE
+    return published if published.is_dir() and not (folder / CARD_FILE).exists() else folder
