@@ -7,7 +7,6 @@ again, and goes on there; one that its user asked to stop, by the file `stop`, h
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from types import FrameType
 from cromss_dist.cluster import CLUSTER_FILE, ClusterConfig
 from cromss_dist.errors import PreemptedError, main_guard
 from cromss_dist.parse import parse_run
-from cromss_dist.train.safety.stop import SIGNALS, request_stop
+from cromss_dist.train.safety.stop import handling_signals, request_stop
 from launch.slurm.submit import state_of
 
 HEAD_FILE = "head"  # HOST:PORT of the Ray cluster, in the folder of a start
@@ -81,12 +80,8 @@ def noticing_signals() -> Iterator[Callable[[], bool]]:
         nonlocal seen
         seen = True
 
-    former = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
+    with handling_signals(note):
         yield lambda: seen
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def keep_asking(run_dir: Path, asked: bool) -> None:

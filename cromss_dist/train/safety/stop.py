@@ -8,11 +8,10 @@ Layer 3. Ranks see the wish at different times, so the loop sums it over ranks b
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 STOP_FILE = "stop"
 RESIZE_FILE = "resize"
@@ -34,16 +33,15 @@ class StopRequest:
         self._files = (run_dir / STOP_FILE, run_dir / RESIZE_FILE)
         self._wanted = False
         self._next_look_s = 0.0  # of the monotonic clock
-        self._former: dict[signal.Signals, Any] = {}
+        self._handlers = ExitStack()
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            self._handlers.enter_context(handling_signals(self._on_signal))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        self._handlers.close()
 
     @property
     def wanted(self) -> bool:
@@ -58,14 +56,21 @@ class StopRequest:
 
 
 @contextmanager
-def passing_on_signals(run_dir: Path) -> Iterator[None]:
-    """Writes the file where SIGTERM or SIGUSR1 reaches this process, a launcher, whose ranks are other processes."""
-    former = {number: signal.signal(number, lambda *_: request_stop(run_dir)) for number in SIGNALS}
+def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Has a function called where SIGTERM or SIGUSR1 reaches this process, whose main thread this is, in place of its end."""
+    former = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for number, before in former.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def passing_on_signals(run_dir: Path) -> Iterator[None]:
+    """Writes the file where SIGTERM or SIGUSR1 reaches this process, a launcher, whose ranks are other processes."""
+    with handling_signals(lambda *_: request_stop(run_dir)):
+        yield
 
 
 @contextmanager
