@@ -42,6 +42,11 @@ HOMES = {
     "webdataset": (),  # its format is written and read without it; tests open our shards with it
     "segmentation_models_pytorch": ("cromss_dist/models/",),
     "timm": ("cromss_dist/models/",),
+    "torchvision": ("cromss_dist/encoders/bridges/",),
+    "torchgeo": (),  # takes what encoders/bridges/torchgeo.py makes of torchvision's API
+    "terratorch": ("cromss_dist/encoders/bridges/terratorch.py",),
+    "onnx": (),  # torch writes it; tests check it
+    "onnxruntime": ("cromss_dist/encoders/bridges/onnx.py",),
     "rasterio": ("cromss_dist/data/",),
     "tifffile": (),  # tests write odd files with it
     "imagecodecs": ("cromss_dist/data/archives/geotiff.py", "cromss_dist/data/store/cube/reader.py"),

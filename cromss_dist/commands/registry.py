@@ -6,6 +6,7 @@ Each verb is a function that adds its parser and names the function to run. Heav
 import argparse
 from typing import Any
 
+from cromss_dist.commands.export import add_export
 from cromss_dist.commands.importing import add_import
 from cromss_dist.commands.publishing import add_publish
 from cromss_dist.commands.registry_aliases import add_evidence, add_history, add_promote, add_retire, add_rollback
@@ -52,5 +53,6 @@ def add_registry(commands: Any) -> None:
     add_retire(verbs, store)
     add_evidence(verbs, store)
     add_check(verbs, store)
+    add_export(verbs, store)
     add_publish(verbs, store)
     add_import(verbs, store)  # further verbs go here, one `add_<verb>` each, of files of their own
