@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cromss_dist import __version__
 from cromss_dist.encoders.golden import package_encoder
@@ -69,25 +69,43 @@ class Facts:
 def import_encoder(file: Path, folder: Path, modality: Modality, facts: Facts | None = None, run_id: str = "") -> EncoderCard:
     """Writes one encoder of a published checkpoint as a package; no code of the file is run.
 
+    Args:
+        file: As for `read_encoder`.
+        folder: Of the package; must not exist.
+        modality: As for `read_encoder`.
+        facts: As for `read_encoder`.
+        run_id: Own id of the run that records the import; '' if none does.
+
+    Returns:
+        The package's card.
+
+    Raises:
+        OutputExistsError: `folder` is there already.
+        CromssError: as for `read_encoder`.
+    """
+    encoder, card = read_encoder(file, modality, facts)
+    return package_encoder(folder, encoder, replace(card, run_id=run_id))
+
+
+def read_encoder(file: Path, modality: Modality, facts: Facts | None = None) -> tuple[nn.Module, EncoderCard]:
+    """One encoder of a published checkpoint, as `build_encoder` makes it, with its card; no code of the file is run.
+
     Floating-point weights narrower than float32 become float32, which holds them exactly; all others keep their bits.
 
     Args:
         file: Checkpoint of PyTorch 1.6 or later.
-        folder: Of the package; must not exist.
         modality: Which encoder: 's1' or 's2'.
         facts: What the file does not say.
-        run_id: Own id of the run that records the import; '' if none does.
 
     Returns:
-        The package's card; its `origin` names the file, its sha256 and layout.
+        The encoder, float32 on the CPU, and its card, whose `origin` names the file, its sha256 and layout.
 
     Raises:
         PackageError: the file is damaged, holds anything that is no data, has no such encoder, or one whose keys or shapes
             are not exactly those of a ResNet.
         BandError: the bands do not fit the encoder's channels.
         ConfigError: a fact is needed that the layout does not tell, or is not allowed.
-        OutputExistsError: `folder` is there already.
-        StorageError: a file cannot be read or written.
+        StorageError: the file cannot be read.
     """
     facts = facts or Facts()
     with open_checkpoint(file) as checkpoint:
@@ -109,7 +127,7 @@ def import_encoder(file: Path, folder: Path, modality: Modality, facts: Facts | 
         except (PackageError, BandError) as error:
             raise type(error)(f"{file}: {error}") from None
     out_channels, strides = stage_channels(encoder)
-    card = EncoderCard(
+    return encoder, EncoderCard(
         modality=modality,
         bands=bands,
         normalisation=normalisation(modality, bands, _scaling(layout, modality)),
@@ -124,7 +142,7 @@ def import_encoder(file: Path, folder: Path, modality: Modality, facts: Facts | 
         patch_px=layout.patch_px,
         config_digest="",
         manifest_digest="",
-        run_id=run_id,
+        run_id="",
         git_revision=git_revision(),
         versions={"cromss_dist": __version__, "torch": version("torch")},
         metrics={},
@@ -132,7 +150,6 @@ def import_encoder(file: Path, folder: Path, modality: Modality, facts: Facts | 
         origin={"file": file.name, "sha256": checkpoint.sha256, "url": facts.url, "layout": _described(found)},
         classes=CLASS_NAMES if layout.method == "cromss" else (),
     )
-    return package_encoder(folder, encoder, card)
 
 
 def _check_name(checkpoint: Checkpoint) -> None:
