@@ -14,7 +14,7 @@ ReduceSum: TypeAlias = Callable[[Tensor], Tensor]
 
 # Digits (width, shift) of a float's 32 bits, the most significant first.
 _DIGITS = ((11, 21), (11, 10), (10, 0))
-_BINS = 2**11
+HISTOGRAM_BINS = 2**11  # of the widest digit
 
 
 def ramp(progress: float, kind: Literal["exp", "linear", "none"], ramp_epochs: float) -> float:
@@ -71,10 +71,10 @@ def class_thresholds(confidence: Tensor, classes: Tensor, num_classes: int, rati
     keep = rank = prefix  # set from the first histogram
     for width, shift in _DIGITS:
         digit = (bits >> shift) & (2**width - 1)
-        counts = torch.zeros((num_groups + 1) * _BINS, dtype=torch.int64, device=classes.device)
+        counts = torch.zeros((num_groups + 1) * HISTOGRAM_BINS, dtype=torch.int64, device=classes.device)
         # scatter_add, not bincount: bincount waits for the GPU to learn the number of bins.
-        counts.scatter_add_(0, (group * _BINS + digit).flatten(), one)
-        counts = reduce_sum(counts.view(num_groups + 1, _BINS)[:-1])
+        counts.scatter_add_(0, (group * HISTOGRAM_BINS + digit).flatten(), one)
+        counts = reduce_sum(counts.view(num_groups + 1, HISTOGRAM_BINS)[:-1])
         at_or_above = counts.flip(1).cumsum(1).flip(1)
         if shift == _DIGITS[0][1]:
             keep = rank = (at_or_above[:, 0].double() * ratio).floor().long()

@@ -7,11 +7,13 @@ import math
 from dataclasses import dataclass
 
 from cromss_dist.config import BatchPlan, RunConfig
+from cromss_dist.losses.selection import HISTOGRAM_BINS
 from cromss_dist.plan.machine import Link, Machine
+from cromss_dist.plan.memory import BUCKET_NUMBERS
 from cromss_dist.plan.work import Networks
 from cromss_dist.schema import MODALITIES, NUM_CLASSES
 
-HISTOGRAM_BYTES = len(MODALITIES) * NUM_CLASSES * 2048 * 8  # losses/selection.py: counts are int64
+HISTOGRAM_BYTES = len(MODALITIES) * NUM_CLASSES * HISTOGRAM_BINS * 8  # counts are int64
 NUM_HISTOGRAMS = 3
 SUMS_BYTES = len(MODALITIES) * (6 + 3 * NUM_CLASSES) * 8  # losses/cromss.py: float64
 VOTE_BYTES = 24  # train/safety/guard.py
@@ -77,7 +79,7 @@ def _gradients(stage: int, passes: int, two_passes: bool, recomputing: bool, net
     micro batch. Stage 3 gathers weights in every pass and scatters gradients after each backward pass.
     """
     size = 4 * networks.parameters
-    buckets = math.ceil(networks.parameters / 5e8)
+    buckets = math.ceil(networks.parameters / BUCKET_NUMBERS)
     match stage:
         case 0:
             return Traffic(buckets, size)
