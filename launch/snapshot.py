@@ -16,12 +16,12 @@ from pathlib import Path
 from cromss_dist.data.staging import replacing
 from cromss_dist.errors import ConfigError
 from cromss_dist.tracking.revision import CODE_RECORD, git_revision
+from launch.session import ROOT
 
 CODE_FOLDER = "code"  # in the run's folder; code-2 is that of a run which went on with other code
 PACKAGES = ("cromss_dist", "launch")
 STILL_S = 1.0  # since the last change of a file: a tool that changes several is through
 STILL_WAIT_S = 20.0  # for that
-_ROOT = Path(__file__).resolve().parents[1]
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can state: equal files are equal bytes
 
 
@@ -45,10 +45,10 @@ class Snapshot:
             ConfigError: it changes all the time, or is no Python: somebody is editing it.
         """
         deadline_s = time.monotonic() + STILL_WAIT_S
-        while (code := _read(_ROOT)) != _read(_ROOT) or _changed_just_now(_ROOT):
+        while (code := _read(ROOT)) != _read(ROOT) or _changed_just_now(ROOT):
             if time.monotonic() > deadline_s:
                 raise ConfigError(
-                    f"The code in {_ROOT} has changed for {STILL_WAIT_S:g} s while it was copied; start again later."
+                    f"The code in {ROOT} has changed for {STILL_WAIT_S:g} s while it was copied; start again later."
                 )
             time.sleep(0.1)
         for name, content in code.items():
@@ -56,7 +56,7 @@ class Snapshot:
                 if name.endswith(".py"):
                     compile(content, name, "exec", dont_inherit=True)
             except (SyntaxError, ValueError) as error:
-                raise ConfigError(f"{_ROOT / name} is no Python, so that a job could not run it: {error}; mend it.") from error
+                raise ConfigError(f"{ROOT / name} is no Python, so that a job could not run it: {error}; mend it.") from error
         return cls(git_revision(), code)
 
     @property

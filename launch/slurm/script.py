@@ -4,7 +4,6 @@ Layer 5. What `sbatch` is asked for stands in its `#SBATCH` lines, where a clust
 job does is `job.py`.
 """
 
-import itertools
 import math
 import re
 import shlex
@@ -16,6 +15,7 @@ from cromss_dist.cluster import ClusterConfig
 from cromss_dist.config import LaunchConfig
 from cromss_dist.data.staging import replacing
 from cromss_dist.errors import ConfigError
+from cromss_dist.train.safety.failure import first_free
 
 SCRIPT_FILE = "job.sh"
 OUTPUT_FILE = "job-{job}.out"  # of the job, beside its script
@@ -38,7 +38,7 @@ def write_job(run_dir: Path, files: Mapping[str, bytes], cluster: ClusterConfig,
     Raises:
         ConfigError: see `job_script`.
     """
-    folder = next(place for number in itertools.count(1) if not (place := run_dir / f"slurm-{number}").exists())
+    folder = first_free(run_dir / "slurm")
     script = job_script(cluster, launch, run_dir.name, folder, code)
     with replacing(folder) as fresh:
         for name, content in {**files, SCRIPT_FILE: script.encode()}.items():

@@ -32,7 +32,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = CODE.write(tmp_path)
     for path in root.rglob("*.py"):
         os.utime(path, (time.time() - 3600,) * 2)
-    monkeypatch.setattr(snapshot, "_ROOT", root)
+    monkeypatch.setattr(snapshot, "ROOT", root)
     return root
 
 

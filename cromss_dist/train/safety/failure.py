@@ -52,12 +52,17 @@ def set_aside_errors(run_dir: Path) -> Path | None:
 
 
 def set_aside(paths: Iterable[Path], place: Path) -> Path:
-    """Moves files and folders into the first `<place>-<n>` that is not there yet, counted from 1; returns that folder."""
-    folder = next(new for n in itertools.count(1) if not (new := place.with_name(f"{place.name}-{n}")).exists())
+    """Moves files and folders into a new folder `<place>-<n>`, which it returns."""
+    folder = first_free(place)
     folder.mkdir()
     for path in paths:
         path.rename(folder / path.name)
     return folder
+
+
+def first_free(place: Path) -> Path:
+    """The first `<place>-<n>` that is not there yet, counted from 1."""
+    return next(new for n in itertools.count(1) if not (new := place.with_name(f"{place.name}-{n}")).exists())
 
 
 def forget_errors(run_dir: Path) -> None:
