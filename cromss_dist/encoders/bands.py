@@ -1,6 +1,7 @@
 """A pretrained encoder for other bands than it was trained with: fewer, in another order, or some that it never saw.
 
-Only the first convolution knows bands. Its channels are selected by name; all other weights stay as they are.
+Only the first convolution knows bands (some encoders have two side by side). Its channels are selected by name; all other
+weights stay as they are. O outputs, C bands, H rows, W columns of a kernel.
 """
 
 from collections.abc import Sequence
@@ -72,24 +73,26 @@ def for_bands(
 def _adapted(card: EncoderCard, state: dict[str, Tensor], bands: tuple[str, ...], rule: MissingRule | None) -> nn.Module:
     """An encoder of `bands` with the weights in `state`, which are of the bands on the card."""
     built = build_encoder(card.encoder, card.depth, len(bands))
-    # Where the number of bands stays, an encoder of another number shows which weight belongs to them.
+    # Where the number of bands stays, an encoder of another number shows which weights belong to them.
     other = built if len(bands) != card.in_channels else build_encoder(card.encoder, card.depth, card.in_channels + 1)
-    key = _input_weight(card, state, other.state_dict())
-    weight_OCHW = state[key]
-    fill_OHW = weight_OCHW.mean(1) if rule == "mean" else torch.zeros_like(weight_OCHW[:, 0])
-    channels = [weight_OCHW[:, card.bands.index(band)] if band in card.bands else fill_OHW for band in bands]
-    load_strictly(built, state | {key: torch.stack(channels, 1)})
+    selected = dict(state)
+    for key in input_weights(card, state, other.state_dict()):
+        weight_OCHW = state[key]
+        fill_OHW = weight_OCHW.mean(1) if rule == "mean" else torch.zeros_like(weight_OCHW[:, 0])
+        channels = [weight_OCHW[:, card.bands.index(band)] if band in card.bands else fill_OHW for band in bands]
+        selected[key] = torch.stack(channels, 1)
+    load_strictly(built, selected)
     return built
 
 
-def _input_weight(card: EncoderCard, state: dict[str, Tensor], other: dict[str, Tensor]) -> str:
-    """Name of the one weight whose shape depends on the number of bands, with a channel for each of them."""
+def input_weights(card: EncoderCard, state: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names of the weights whose shape depends on the number of bands: one, or several that read the input side by side."""
     keys = [key for key in state if key not in other or state[key].shape != other[key].shape]
-    if len(keys) == 1 and state[keys[0]].ndim == 4 and state[keys[0]].shape[1] == card.in_channels:
-        return keys[0]
+    if keys and all(state[key].ndim == 4 and state[key].shape[1] == card.in_channels for key in keys):
+        return keys
     raise BandError(
-        f"Encoder {card.encoder!r} has no single first convolution with a channel a band (its bands shape {keys}), so that other "
-        f"bands cannot be selected. {_takes(card)} Give all of these."
+        f"Encoder {card.encoder!r} has no first convolution with a channel a band (what depends on their number is {keys}), so "
+        f"other bands cannot be selected. {_takes(card)} Give all of these."
     )
 
 
