@@ -24,7 +24,7 @@ class Finding:
     Args:
         ref: Of the version, or of the alias.
         problem: Kind: 'half' (a registering that was cut), 'deleted run' (`mlflow gc` will take the files), 'files' (missing or
-            changed), 'alias' (means a version that is half, retired or gone), 'history' (a move was recorded and not made),
+            changed), 'alias' (means a version that is half, retired or gone), 'history' (a move was recorded and not made, or its alias deleted),
             'twice' (the same package is another version, too), 'foreign' (not registered by cromss).
         told: What is wrong, and what to do.
     """
@@ -126,7 +126,7 @@ def _of_aliases(registry: Registry, entries: Sequence[RegisteredEncoder]) -> Ite
         for alias in sorted(recorded):
             moves = read_moves(model.tags, alias, aliases.get(alias))
             if moves and not moves[-1].took_place:
-                told = f"a move to version {moves[-1].to} by {moves[-1].who} was recorded and not made; repeat it if it is wanted"
+                told = f"a move to version {moves[-1].to} by {moves[-1].who} was recorded and not made, or taken back by hand"
                 yield Finding(f"{name}@{alias}", "history", told)
 
 
