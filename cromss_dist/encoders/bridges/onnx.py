@@ -12,6 +12,7 @@ from cromss_dist.encoders.bridges.extras import require
 from cromss_dist.encoders.bridges.plain import describe, refuse_existing
 from cromss_dist.encoders.pretrained import PretrainedEncoder
 from cromss_dist.errors import ConfigError, PackageError
+from cromss_dist.models.encoder import PROBE_PX
 
 INPUT = "image"
 TOLERANCE = 1e-4  # of a map's largest magnitude
@@ -26,7 +27,7 @@ def export_onnx(encoder: PretrainedEncoder, path: Path) -> Path:
     metadata say bands and normalisation (`describe`).
 
     Args:
-        encoder: On any device; not changed.
+        encoder: On any device, of any precision; not changed.
         path: File to write; its folder is made.
 
     Returns:
@@ -48,11 +49,11 @@ def export_onnx(encoder: PretrainedEncoder, path: Path) -> Path:
 
 
 class _Maps(nn.Module):
-    """A copy of an encoder on the CPU; the maps as a tuple, which is what the exporter takes."""
+    """A copy of an encoder in float32 on the CPU; the maps as a tuple, which is what the exporter takes."""
 
     def __init__(self, encoder: PretrainedEncoder) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(encoder).cpu()
+        self.encoder = copy.deepcopy(encoder).cpu().float()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.encoder(image))
@@ -68,7 +69,7 @@ def _exported(maps: _Maps, encoder: PretrainedEncoder) -> bytes:
         try:
             program = torch.onnx.export(
                 maps,
-                (_example(encoder, 2, 2, 2),),
+                (_example(encoder, 2, 1, 1),),
                 dynamo=True,
                 opset_version=_OPSET,
                 input_names=[INPUT],
@@ -77,8 +78,8 @@ def _exported(maps: _Maps, encoder: PretrainedEncoder) -> bytes:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ConfigError(f"Encoder {card.encoder!r} cannot be written as ONNX: {reason}. Use another route.") from error
+            reason = str(error.__cause__ or error).strip().split("\n")[0]  # the exporter's own text is a page for developers
+            raise ConfigError(f"Encoder {card.encoder!r} cannot be written as ONNX: {reason} Use another route.") from error
     assert program is not None
     model = program.model_proto
     for value, stride in [(model.graph.input[0], 1), *zip(model.graph.output, card.strides, strict=True)]:
@@ -97,7 +98,7 @@ def _check(content: bytes, maps: _Maps, encoder: PretrainedEncoder) -> None:
     import onnxruntime  # type: ignore[import-untyped]
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    for size in ((1, 3, 1), (3, 1, 2)):
+    for size in ((1, 2, 1), (3, 1, 3)):
         image = _example(encoder, *size)
         with torch.no_grad():
             wanted = maps(image)
@@ -111,7 +112,6 @@ def _check(content: bytes, maps: _Maps, encoder: PretrainedEncoder) -> None:
 
 
 def _example(encoder: PretrainedEncoder, batch: int, rows: int, columns: int) -> Tensor:
-    """An image in [0, 1] of so many times the smallest size, always the same."""
-    multiple = encoder.card.input_multiple
-    shape = (batch, encoder.card.in_channels, rows * multiple, columns * multiple)
+    """An image in [0, 1] of so many times a size that every encoder accepts, always the same."""
+    shape = (batch, encoder.card.in_channels, rows * PROBE_PX, columns * PROBE_PX)
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))

@@ -26,13 +26,14 @@ def torchgeo_weights(encoder: "PretrainedEncoder") -> "WeightsEnum":
     Raises:
         ConfigError: TorchGeo is not installed, or has no twin of this encoder (see `to_torchvision`).
 
-    Departs: `get_state_dict` gives the encoder's own tensors. TorchGeo's entries fetch `url` with `torch.hub`, whose
-    unpickling can run code of the file; `url` here is a name (urn) that nothing can fetch.
+    Departs: `get_state_dict` gives a copy of the encoder's tensors, made here. TorchGeo's entries fetch `url` with
+    `torch.hub`, whose unpickling can run code of the file; `url` here is a name (urn) that nothing can fetch.
     """
     require("torchgeo", "torchgeo")
     from torchvision.models import Weights, WeightsEnum
 
-    state, card = resnet_state(encoder), encoder.card
+    card = encoder.card
+    state = {key: tensor.cpu().clone() for key, tensor in resnet_state(encoder).items()}  # the encoder may train on
 
     class CromssWeights(WeightsEnum):  # type: ignore[misc]
         """Weights of one encoder, held in memory."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # The encoders of segmentation-models-pytorch that are torchvision's own layers under torchvision's own names.
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d")
-_STAGES = 5  # conv1, layer1 ... layer4
+_STAGES = 5  # relu, layer1 ... layer4
 
 
 def to_torchvision(encoder: "PretrainedEncoder", classes: int | None = None) -> "ResNet":
@@ -36,7 +36,7 @@ def to_torchvision(encoder: "PretrainedEncoder", classes: int | None = None) -> 
     features = model.fc.in_features
     first = model.conv1
     model.conv1 = nn.Conv2d(
-        encoder.card.in_channels, first.out_channels, first.kernel_size, first.stride, first.padding, bias=first.bias is not None
+        encoder.card.in_channels, first.out_channels, first.kernel_size, first.stride, first.padding, bias=False
     )
     model.fc = nn.Identity()
     load_strictly(model, state)

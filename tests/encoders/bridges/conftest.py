@@ -1,5 +1,6 @@
 """An encoder that every route takes, and its features as `PretrainedEncoder` gives them."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,14 +27,19 @@ def package(tmp_path_factory: pytest.TempPathFactory, make_card: Callable[..., E
     return folder
 
 
-@pytest.fixture
-def encoder(package: Path) -> PretrainedEncoder:
-    """The encoder of `package`."""
+@pytest.fixture(scope="session")
+def _loaded(package: Path) -> PretrainedEncoder:
     return load_encoder(package)
 
 
+@pytest.fixture
+def encoder(_loaded: PretrainedEncoder) -> PretrainedEncoder:
+    """The encoder of `package`."""
+    return copy.deepcopy(_loaded)  # loading computes golden patches
+
+
 @pytest.fixture(scope="session")
-def reference(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def reference(_loaded: PretrainedEncoder, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """Features of `package` on one thread, as the clean processes compute them."""
     image = torch.rand(2, 13, 64, 64, generator=torch.Generator().manual_seed(1))
     file = tmp_path_factory.mktemp("image") / "image.npy"
@@ -41,7 +47,7 @@ def reference(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Refere
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.no_grad():
-        maps = load_encoder(package).eval()(image)
+        maps = copy.deepcopy(_loaded).eval()(image)
     torch.set_num_threads(threads)
     return Reference(image, maps, file)
 

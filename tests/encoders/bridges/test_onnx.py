@@ -110,6 +110,18 @@ def test_what_prevents_an_export_is_said(encoder_package: Path, monkeypatch: pyt
         export_onnx(encoder, tmp_path / "a.onnx")
 
 
+def test_an_encoder_that_onnx_cannot_hold_is_refused_with_the_reason(
+    encoder_package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.onnx.OnnxExporterError("a page\nfor developers") from NotImplementedError("aten::odd has no twin.")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ConfigError, match=r"'resnet18' cannot be written as ONNX: aten::odd has no twin\. Use another route"):
+        export_onnx(load_encoder(encoder_package), tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tu-convnext_atto", "efficientnet-b0", "resnet50"])
 def test_other_families_can_be_exported(name: str, make_card: Callable[..., EncoderCard], tmp_path: Path) -> None:

@@ -21,10 +21,8 @@ from terratorch.tasks import SemanticSegmentationTask
 from cromss_dist.encoders.bridges.terratorch import TERRATORCH_BANDS
 known = {band.value for band in OpticalBands}
 assert known - {"THERMAL_INFRARED_1", "THERMAL_INFRARED_2"} == TERRATORCH_BANDS.keys()
-names = [OpticalBands(name) for name in TERRATORCH_BANDS]
-order = [OpticalBands("COASTAL_AEROSOL"), *(OpticalBands(n) for n in names[1:])]
 
-backbone = BACKBONE_REGISTRY.build("cromss_encoder", ref=sys.argv[1])
+backbone = BACKBONE_REGISTRY.build("cromss_encoder", ref=sys.argv[1], bands=[OpticalBands(name) for name in TERRATORCH_BANDS])
 assert backbone.out_channels == [64, 64, 128, 256, 512], backbone.out_channels
 save(backbone.eval()(image()))
 

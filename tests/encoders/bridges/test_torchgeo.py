@@ -53,10 +53,13 @@ def test_an_entry_says_what_torchgeos_entries_say(encoder: PretrainedEncoder) ->
     assert torch.equal(weights.transforms(torch.from_numpy(values)), encoder.normalise(values))
 
 
-def test_each_reading_gives_a_dictionary_of_its_own(encoder: PretrainedEncoder) -> None:
+def test_each_reading_gives_a_dictionary_of_its_own_with_the_weights_as_they_were(encoder: PretrainedEncoder) -> None:
     weights = torchgeo_weights(encoder)
     weights.get_state_dict(progress=True).clear()
+    before = encoder.encoder.get_parameter("conv1.weight").detach().clone()
+    encoder.encoder.get_parameter("conv1.weight").data.zero_()  # it trains on
     assert weights.get_state_dict().keys() == encoder.encoder.state_dict().keys()
+    assert torch.equal(weights.get_state_dict()["conv1.weight"], before)
 
 
 def test_what_torchgeo_has_not_is_said(

@@ -9,6 +9,7 @@ from cromss_dist.encoders.pretrained import PretrainedEncoder
 from cromss_dist.errors import ConfigError
 from tests.encoders.bridges.clean import Reference
 
+LARGE = [name for name in RESNETS if "101" in name or "152" in name]
 NODES = {"relu": "0", "layer1": "1", "layer2": "2", "layer3": "3", "layer4": "4"}
 
 
@@ -30,7 +31,7 @@ def test_a_classifier_of_it_trains(encoder: PretrainedEncoder, reference: Refere
     assert model.conv1.weight.data_ptr() != encoder.encoder.get_submodule("conv1").get_parameter("weight").data_ptr()
 
 
-@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in RESNETS])
 def test_each_named_encoder_is_torchvisions_layer_by_layer(name: str) -> None:
     from segmentation_models_pytorch.encoders import get_encoder  # type: ignore[import-untyped]
     from torchvision.models import get_model  # type: ignore[import-untyped]
