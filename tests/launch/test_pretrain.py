@@ -20,7 +20,7 @@ from cromss_dist.config import EngineConfig, LaunchConfig, RunConfig
 from cromss_dist.data.store.index import open_shards
 from cromss_dist.errors import BandError, ConfigError
 from cromss_dist.parse import parse_run
-from cromss_dist.schema import NORMALISATION, S2_BANDS
+from cromss_dist.schema import NORMALISATION
 from cromss_dist.tracking.run.shipper import deliver
 from cromss_dist.tracking.run.spool import read_events, run_id_of
 from cromss_dist.tracking.store import connect
@@ -76,7 +76,7 @@ def test_the_mlflow_run_holds_params_metrics_data_and_pictures(finished: Path, s
     assert len(names) >= 2
 
 
-def test_both_encoders_are_registered_and_look_up_bit_equal(finished: Path) -> None:
+def test_both_encoders_are_registered_and_look_up_bit_equal(finished: Path, synthetic_shards: Path) -> None:
     summary = summary_of(finished)
     assert summary["registered"] == {"cromss-resnet18-s1": 1, "cromss-resnet18-s2": 1}
     weights = load_file(finished / "model.safetensors")
@@ -93,8 +93,12 @@ def test_both_encoders_are_registered_and_look_up_bit_equal(finished: Path) -> N
         assert encoder.card.metrics[f"val/miou_{modality}"] == summary["after"][f"val/miou_{modality}"]
     assert not [value for value in encoder.card.recipe.values() if str(finished.parent) in value], "no folder of this machine"
     assert encoder.card.recipe["loss.ramp_epochs"] == "5.0"
+    card, digest = encoder.card, open_shards(synthetic_shards).digest
+    assert (card.method, card.dataset, card.origin, card.evidence) == ("cromss", synthetic_shards.name, {}, ())
+    assert (card.manifest_digest, card.archive[f"{digest}.inputs"]) == (digest, "12")
+    assert card.patch_px % card.input_multiple == 0
     with pytest.raises(BandError, match=r"takes 13 s2 bands, B1, B2"):
-        load_encoder("cromss-resnet18-s2@candidate", bands=S2_BANDS[::-1], tracking_uri=summary["tracking_uri"])
+        load_encoder("cromss-resnet18-s2@candidate", bands=("VV", "VH"), tracking_uri=summary["tracking_uri"])
 
 
 def test_one_worker_gives_the_same_numbers_with_and_without_ray(launch: Run, tmp_path: Path) -> None:
