@@ -1,6 +1,8 @@
 """Servers that MLflow keeps runs on: PostgreSQL of Debian's packages, `mlflow server`. Each for a `with` block, on loopback."""
 
+import getpass
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -42,6 +44,14 @@ def server_lacking() -> str | None:
     if not shutil.which("setpriv"):
         return "the server's harness needs setpriv (package util-linux)"
     return None if find_spec("flask_wtf") else "Flask-WTF is not installed (extra `server`)"
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 class Postgres:
@@ -111,6 +121,9 @@ class Postgres:
         command = [*self._as_user(), str(_PROGRAMS / "initdb"), *options, str(self.folder / "data")]
         subprocess.run(command, check=True, capture_output=True, cwd=self.folder)
         words.unlink()
+        rights, users = self.folder / "data" / "pg_hba.conf", self.folder / "data" / "pg_ident.conf"
+        rights.write_text(re.sub(r"(?m)^(local .* peer)$", r"\1 map=tests", rights.read_text()))
+        users.write_text("".join(f"tests {getpass.getuser()} {role}\n" for role in ("postgres", "mlflow")))
 
     def _start(self, port: int) -> None:
         options = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": self.folder}
@@ -259,9 +272,7 @@ def _start(command: list[str], log: Path, environment: dict[str, str], folder: P
 
 def _on_free_port(start: Callable[[int], None]) -> int:
     for left in reversed(range(_TRIES)):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
+        port = free_port()
         try:
             start(port)
             return port

@@ -26,7 +26,7 @@ folder.mkdir()
 with Spool(folder) as spool:
     spool.begin(folder.name, "shared")
     spool.append("progress", step=1, samples=4, metrics={"train/loss/total": 1.0})
-    spool.append("end", status="FINISHED")
+    spool.append("end", status="FINISHED", error="")
 print("ready", flush=True)
 sys.stdin.readline()
 print([deliver(folder, sys.argv[1]).run_id])
@@ -50,17 +50,14 @@ def run_ids_of_starts(uri: str, folder: Path, processes: int = 8) -> list[str]:
     ]
     for process in started:
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+        assert process.stdout.readline() == "ready\n"
     for process in started:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    ids = []
-    for process in started:
-        output, errors = process.communicate()
-        assert process.returncode == 0, errors
-        ids += ast.literal_eval(output)
-    return ids
+    told = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0] * processes, "".join(errors for _, errors in told)
+    return [run_id for output, _ in told for run_id in ast.literal_eval(output)]
 
 
 def assert_one_experiment_with(uri: str, run_ids: list[str]) -> None:
