@@ -87,7 +87,8 @@ def live(uri: str, trained_runs: tuple[Path, Path], folder: Path, monkeypatch: p
     assert "does not beat" in told
 
     elsewhere("registry", "pull", f"{NAME}@production", folder / "pulled")
-    assert filecmp.cmpfiles(folder / "pulled", newer / "encoders" / "s2", FILES, shallow=False) == (sorted(FILES), [], [])
+    files = sorted(FILES)
+    assert filecmp.cmpfiles(folder / "pulled", newer / "encoders" / "s2", files, shallow=False) == (files, [], [])
     assert_same_features(f"{NAME}@production", newer, uri)
 
     here("registry", "rollback", f"{NAME}@production", "--why", "worse at night")
@@ -100,6 +101,6 @@ def live(uri: str, trained_runs: tuple[Path, Path], folder: Path, monkeypatch: p
 
 def assert_same_features(ref: str, run_dir: Path, uri: str) -> None:
     values = torch.rand(2, len(BANDS["s2"]), 64, 64)
-    stages = load_encoder(ref, tracking_uri=uri)(values)
-    trained = load_encoder(run_dir / "encoders" / "s2")(values)
+    stages = load_encoder(ref, tracking_uri=uri).eval()(values)
+    trained = load_encoder(run_dir / "encoders" / "s2").eval()(values)
     assert all(map(torch.equal, stages, trained))

@@ -85,4 +85,5 @@ def _runs(pid: int) -> bool:
 
 if __name__ == "__main__":
     done: dict[str, Callable[[list[str]], None]] = {"sudo": _sudo, "adduser": _adduser, "systemctl": _systemctl}
-    done.get(sys.argv[1], lambda words: None)(sys.argv[2:])
+    if sys.argv[1] in done:
+        done[sys.argv[1]](sys.argv[2:])
