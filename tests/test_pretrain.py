@@ -1,19 +1,24 @@
 """What surrounds a run: its folder, dry run, and how the validation is scored."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cromss_dist.config import ReadingConfig, RunConfig, TrackingConfig
+from cromss_dist.config import DataConfig, ReadingConfig, RunConfig, TrackingConfig
 from cromss_dist.errors import ConfigError
 from cromss_dist.export import model_name
 from cromss_dist.parse import parse_run
+from cromss_dist.pretrain import record_config
 from cromss_dist.schema import S2_9
 from cromss_dist.tracking.revision import git_revision
+from cromss_dist.tracking.run.shipper import deliver
+from cromss_dist.tracking.store import connect
 from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.run.folder import new_run_dir
+from cromss_dist.train.run.record import Record
 
 
 def test_runs_of_one_second_get_their_own_folders_with_the_resolved_config(tmp_path: Path) -> None:
@@ -75,3 +80,19 @@ def test_encoders_are_named_after_backbone_and_modality() -> None:
 
 def test_the_revision_is_a_commit_or_says_that_it_is_not_known() -> None:
     assert git_revision() == "unknown" or len(git_revision().removesuffix("+dirty")) == 40
+
+
+def test_a_mixture_of_any_places_can_be_recorded(store_uri: str, tmp_path: Path) -> None:
+    shards = {"https://host:8000/a": 0.7, "s3://bucket/a": 0.2, "../données+1": 0.1}
+    config = replace(RunConfig(), data=DataConfig(shards=shards), output=str(tmp_path))
+    folder = new_run_dir(config)
+    with Record(folder) as record:
+        record.begin("run", "mixture", {}, 0)
+        record_config(record, config, ["a" * 64, "b" * 64, "c" * 64])
+    run_id = str(deliver(folder, store_uri).run_id)
+    run = connect(store_uri).get_run(run_id)
+    assert json.loads(run.data.params["data.shards"]) == [[*item] for item in shards.items()]
+    assert run.data.params["data.window"] == "2048"
+    tags = {key: value[0] for key, value in run.data.tags.items() if key.startswith("dataset/")}
+    assert tags == {"dataset/a-0": "a", "dataset/a-1": "b", "dataset/donn_es_1": "c"}
+    assert [item.path for item in connect(store_uri).list_artifacts(run_id)] == ["config.yaml"]

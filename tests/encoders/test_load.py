@@ -18,7 +18,7 @@ from cromss_dist.schema import S2_BANDS, S2_NORMALISATION
 from cromss_dist.tracking.package.card import EncoderCard
 from cromss_dist.tracking.package.folder import read_package, write_package
 from cromss_dist.tracking.registry.registry import Registry
-from cromss_dist.tracking.run.runs import RunTracker
+from cromss_dist.tracking.store import connect
 
 NAME = "cromss-resnet18-s2"
 MakeCard = Callable[..., EncoderCard]
@@ -28,8 +28,7 @@ IMAGES = torch.rand(2, 13, 64, 64, generator=torch.Generator().manual_seed(0))
 @pytest.fixture
 def registered(store_uri: str, encoder_package: Path) -> str:
     """The URI of a store with one registered encoder."""
-    with RunTracker(store_uri, "cromss", "r") as run:
-        Registry(store_uri).register(encoder_package, NAME, run.run_id)
+    Registry(store_uri).register(encoder_package, NAME, connect(store_uri).create_run("0").info.run_id)
     return store_uri
 
 
@@ -37,9 +36,8 @@ def test_features_are_bit_equal_from_the_trained_model_to_every_form(store_uri: 
     model = TwoBranchUNet(ModelConfig("middle", "resnet18", 3, (16, 8, 8)), 2, 13)
     model(torch.rand(2, 2, 64, 64), IMAGES)  # in training mode: moves the statistics of BatchNorm, which must travel, too
     model.eval()
-    with RunTracker(store_uri, "cromss", "r") as run:
-        package_encoder(tmp_path / "s2", model.encoders["s2"], make_card(run_id=run.run_id))
-        Registry(store_uri).register(tmp_path / "s2", NAME, run.run_id)
+    package_encoder(tmp_path / "s2", model.encoders["s2"], make_card())
+    Registry(store_uri).register(tmp_path / "s2", NAME, connect(store_uri).create_run("0").info.run_id)
     from_folder = load_encoder(tmp_path / "s2").eval()
     from_registry = load_encoder(f"models:/{NAME}@candidate", tracking_uri=store_uri).eval()
     with torch.no_grad():

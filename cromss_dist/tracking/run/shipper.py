@@ -12,7 +12,7 @@ from cromss_dist.tracking.store import brief
 
 INTERVAL_S = 2.0  # between two looks into the spool
 HEARTBEAT_S = 60.0
-_LONGEST_PAUSE_S = 60.0  # after an error
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # after an error
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class Shipper:
                     self._problem = None
             except Exception as error:  # noqa: BLE001 - whatever a store or its libraries raise must not end the run
                 self._note(error)
-                pause_s = min(max(1.0, 2 * pause_s), _LONGEST_PAUSE_S)
+                pause_s = min(max(_FIRST_PAUSE_S, 2 * pause_s), _LONGEST_PAUSE_S)
             else:
                 if closing:
                     self._delivered = True
                     return
                 pause_s = 0.0
             if closing:
-                self._given_up.wait(min(pause_s, 1.0))
+                self._given_up.wait(min(pause_s, _FIRST_PAUSE_S))
             else:
                 self._closing.wait(pause_s or INTERVAL_S)
 

@@ -177,7 +177,9 @@ def test_lost_replies_leave_nothing_twice(
     assert delivery.registered == {"m": 1}
 
 
-def test_of_two_runs_that_a_repeated_request_made_one_stays(store_uri: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_runs_that_a_repeated_request_made_one_stays(
+    store_uri: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
 
     make = MlflowClient.create_run
