@@ -19,7 +19,7 @@ from typing import Any
 
 from cromss_dist.errors import PackageError
 
-MAX_OPCODES = 1_000_000  # two U-Nets with their optimizer's state have about 90,000; this bounds time, stack and memo
+MAX_OPCODES = 1_000_000  # two U-Nets with their optimizer's state have about 60,000; this bounds time, stack and memo
 MAX_NAME_BYTES = 200
 
 _REBUILD = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor")

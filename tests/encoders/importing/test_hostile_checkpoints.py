@@ -128,7 +128,8 @@ def _mutated(content: bytes, draws: random.Random) -> bytes:
     return content[:at]
 
 
-def test_two_thousand_mutated_checkpoints_are_read_or_refused(tmp_path: Path, marker: Path) -> None:
+@pytest.mark.parametrize("count", [400, pytest.param(4000, marks=pytest.mark.slow)])
+def test_mutated_checkpoints_are_read_or_refused(count: int, tmp_path: Path, marker: Path) -> None:
     """Half of them mutated in the pickle, whose payload would leave the marker, half anywhere in the file."""
     small = {"conv1.weight": torch.rand(2, 3), "bn1.bias": torch.rand(2)}
     torch.save(cromss("middle", small, small), tmp_path / "good.ckpt")
@@ -140,7 +141,7 @@ def test_two_thousand_mutated_checkpoints_are_read_or_refused(tmp_path: Path, ma
         payload = file.read("payload/data.pkl")
     draws, path = random.Random(7), tmp_path / "mutated.ckpt"
     refused = 0
-    for number in range(2000):
+    for number in range(count):
         if number % 2:
             path.write_bytes(_mutated(whole, draws))
         else:
@@ -153,7 +154,7 @@ def test_two_thousand_mutated_checkpoints_are_read_or_refused(tmp_path: Path, ma
         except CromssError:
             refused += 1
     assert not marker.exists()
-    assert refused > 1000  # most are found out; the others changed what nobody reads, as a comment of the zip
+    assert refused > count / 2  # most are found out; the others changed what nobody reads, as a comment of the zip
 
 
 _AUDITED = """

@@ -13,7 +13,7 @@ from torch import Tensor
 from cromss_dist.encoders.importing.import_encoder import Facts, import_encoder, read_encoder
 from cromss_dist.encoders.importing.layouts import normalisation
 from cromss_dist.encoders.load import load_encoder
-from cromss_dist.errors import BandError, ConfigError, CromssError, OutputExistsError, PackageError
+from cromss_dist.errors import BandError, ConfigError, CromssError, PackageError
 from cromss_dist.schema import CLASS_NAMES, NORMALISATION, S1_BANDS, S2_9, S2_BANDS, S2_RGB, Modality
 from tests.encoders.importing import look_alikes
 from tests.encoders.importing.conftest import Save
@@ -203,12 +203,6 @@ def test_a_file_named_by_its_hash_has_it(save: Save, s2_state: State, tmp_path: 
     other = named.rename(tmp_path / "resnet50_sentinel2_all_moco-df8b932e.pth")
     with pytest.raises(PackageError, match="begins with df8b932e"):
         read_encoder(other, "s2")
-
-
-def test_a_folder_that_is_there_is_kept(save: Save, s2_state: State, tmp_path: Path) -> None:
-    (tmp_path / "package").mkdir()
-    with pytest.raises(OutputExistsError):
-        import_encoder(save(look_alikes.moco(s2_state)), tmp_path / "package", "s2")
 
 
 @pytest.mark.parametrize("path", ["missing.pth", "."])
