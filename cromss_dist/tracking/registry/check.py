@@ -24,8 +24,8 @@ class Finding:
     Args:
         ref: Of the version, or of the alias.
         problem: Kind: 'half' (a registering that was cut), 'deleted run' (`mlflow gc` will take the files), 'files' (missing or
-            changed), 'alias' (means a version that is half, retired or gone), 'history' (a move was recorded and not made, or its alias deleted),
-            'twice' (the same package is another version, too), 'foreign' (not registered by cromss).
+            changed), 'alias' (means a version that is half, retired or gone), 'history' (a move was recorded and not made, or
+            its alias deleted), 'twice' (the same package is another version, too), 'foreign' (not registered by cromss).
         told: What is wrong, and what to do.
     """
 
@@ -86,13 +86,13 @@ def _of_version(registry: Registry, entry: RegisteredEncoder, deep: bool) -> Ite
         yield Finding(entry.ref, "half", "its registering was cut or is going on; register it again, or use --remove-half")
         return
     try:
-        with mlflow_errors(f"run {entry.run_id}"):
-            if registry.client.get_run(entry.run_id).info.lifecycle_stage != "active":
-                told = f"`mlflow gc` will take its files: mlflow runs restore --run-id {entry.run_id}"
-                yield Finding(entry.ref, "deleted run", f"its run was deleted, and {told}")
+        run = registry.run_of(entry)
+        if run.info.lifecycle_stage != "active":
+            told = f"`mlflow gc` will take its files: mlflow runs restore --run-id {entry.run_id}"
+            yield Finding(entry.ref, "deleted run", f"its run was deleted, and {told}")
         if deep:
             registry.examine(entry)
-        elif (listed := registry.listed_files(entry)) != FILES:
+        elif (listed := registry.listed_files(entry, run)) != FILES:
             missing, unknown = sorted(FILES - listed), sorted(listed - FILES)
             yield Finding(entry.ref, "files", f"missing files {missing}, unknown files {unknown}; register the encoder again")
     except (PackageError, RegistryError) as error:

@@ -34,6 +34,7 @@ from cromss_dist.tracking.store import connect, mlflow_errors, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _ARTIFACT_FOLDER = "encoders"
 _MAX_NAMED = 12  # models, versions or aliases that an error lists
@@ -224,20 +225,43 @@ class Registry:
             self.client.set_model_version_tag(entry.name, str(entry.version), tag, measured.to_json())
         return self.resolve(entry.ref)
 
-    def listed_files(self, entry: RegisteredEncoder) -> set[str]:
+    def run_of(self, entry: RegisteredEncoder) -> "Run":
+        """The run that a version belongs to, which may have been deleted and not yet be gone.
+
+        Raises:
+            PackageError: it is gone.
+            RegistryError: the version belongs to none.
+        """
+        if not entry.run_id:
+            raise RegistryError(f"{entry.ref} belongs to no run; it was not registered by cromss. Use another version.")
+        try:
+            with mlflow_errors(entry.run_id):
+                return self.client.get_run(entry.run_id)
+        except RegistryError as error:
+            raise PackageError(
+                f"{entry.ref}: its run is gone from {self.uri} ({error}). `mlflow gc` deletes a run and its files although "
+                "registered versions still point to them; register the encoder again."
+            ) from error
+
+    def listed_files(self, entry: RegisteredEncoder, run: "Run | None" = None) -> set[str]:
         """Names of the files that the store has for a version; none if `mlflow gc` deleted them.
+
+        Args:
+            entry: The version.
+            run: Its run, if that is at hand.
 
         Raises:
             PackageError: its run is gone.
             RegistryError: its files lie outside its run, or the store cannot be reached.
         """
-        path = self._artifact_path(entry)
+        path = self._artifact_path(entry, run)
         with mlflow_errors(f"The files of {entry.ref} cannot be listed in {self.uri}"):
             return {Path(file.path).name for file in self.client.list_artifacts(entry.run_id, path)}
 
     def _fetch(self, entry: RegisteredEncoder, folder: Path) -> EncoderCard:
         """Downloads the package of `entry` to the existing, empty `folder` and checks it."""
-        path, listed = self._artifact_path(entry), self.listed_files(entry)
+        run = self.run_of(entry)
+        path, listed = self._artifact_path(entry, run), self.listed_files(entry, run)
         if listed and listed != FILES:
             raise PackageError(
                 f"{entry.ref} has files {sorted(listed)}; a package has exactly {', '.join(sorted(FILES))}. "
@@ -256,18 +280,9 @@ class Registry:
         _check_digest(entry, card, self.uri)
         return card
 
-    def _artifact_path(self, entry: RegisteredEncoder) -> str:
+    def _artifact_path(self, entry: RegisteredEncoder, run: "Run | None" = None) -> str:
         """Where the package lies within the run; sources elsewhere (a database takes any) are refused."""
-        if not entry.run_id:
-            raise RegistryError(f"{entry.ref} belongs to no run; it was not registered by cromss. Use another version.")
-        try:
-            with mlflow_errors(entry.run_id):
-                root = f"{self.client.get_run(entry.run_id).info.artifact_uri}/"
-        except RegistryError as error:
-            raise PackageError(
-                f"{entry.ref}: its run is gone from {self.uri} ({error}). `mlflow gc` deletes a run and its files although "
-                "registered versions still point to them; register the encoder again."
-            ) from error
+        root = f"{(run or self.run_of(entry)).info.artifact_uri}/"
         path = entry.source.removeprefix(root)
         if not entry.source.startswith(root) or not re.fullmatch(rf"{_ARTIFACT_FOLDER}/{NAME}", path):
             raise RegistryError(
