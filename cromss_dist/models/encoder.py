@@ -6,7 +6,8 @@ B batch, H rows, W columns.
 """
 
 import difflib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import segmentation_models_pytorch as smp  # type: ignore[import-untyped]
@@ -143,6 +144,7 @@ def to_smp(
             f"encoder_depth={wanted} exceeds the {depth} stages this encoder was trained with; give {depth} or less."
         )
     try:
+        options = _decoder_of_depth(decoder, wanted) | options
         model: nn.Module = smp.create_model(
             decoder, name, encoder_weights=None, in_channels=in_channels, classes=classes, encoder_depth=wanted, **options
         )
@@ -154,6 +156,14 @@ def to_smp(
     remove_unused(encoder, in_channels)
     load_strictly(encoder, state, subset=wanted < depth)
     return model
+
+
+def _decoder_of_depth(decoder: str, depth: int) -> dict[str, Any]:
+    """smp's own decoder with a block for each stage; its defaults are for five and refuse encoders with fewer."""
+    architecture = smp.MODEL_ARCHITECTURES_MAPPING.get(decoder.lower())
+    parameters = inspect.signature(architecture).parameters if architecture else {}
+    channels = parameters["decoder_channels"].default if "decoder_channels" in parameters else None
+    return {"decoder_channels": tuple(channels)[:depth]} if isinstance(channels, Sequence) else {}
 
 
 def to_timm(name: str, depth: int, in_channels: int, state: Mapping[str, Tensor]) -> nn.Module:

@@ -100,6 +100,13 @@ def test_smp_features_are_bit_equal(decoder: str, options: dict[str, object]) ->
     assert len(got) == options.get("encoder_depth", 5)
 
 
+@pytest.mark.parametrize("decoder", ["Unet", "UnetPlusPlus", "Linknet", "MAnet"])
+def test_smp_decoders_take_encoders_of_fewer_stages(decoder: str) -> None:
+    state = build_encoder("resnet18", 4, 2).state_dict()
+    with torch.no_grad():
+        assert to_smp("resnet18", 4, 2, state, decoder, 3).eval()(torch.rand(1, 2, 64, 64)).shape == (1, 3, 64, 64)
+
+
 def test_a_dilated_smp_encoder_keeps_the_weights() -> None:
     encoder = build_encoder("resnet18", 5, 2).eval()
     model = to_smp("resnet18", 5, 2, encoder.state_dict(), "DeepLabV3Plus", 9).eval()
