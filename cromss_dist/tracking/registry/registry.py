@@ -292,8 +292,8 @@ class Registry:
 
     def _registered(self, name: str, run_id: str, digest: str) -> RegisteredEncoder | None:
         """The version that this package has already, of two the older."""
-        found = _pages(self.client.search_model_versions, f"name = '{name}' AND run_id = '{run_id}'")
-        same = [entry for entry in (RegisteredEncoder.of(version, ()) for version in found) if entry.card_sha256 == digest]
+        narrowed = f"name = '{name}' AND run_id = '{run_id}' AND tags.`{CARD_TAG}` = '{digest}'"
+        same = [RegisteredEncoder.of(version, ()) for version in _pages(self.client.search_model_versions, narrowed)]
         return min(same, key=lambda entry: entry.version, default=None)
 
     def _create_model(self, name: str) -> None:
