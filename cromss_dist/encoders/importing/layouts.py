@@ -8,8 +8,10 @@ src/benchmark/utils/convert_model_torchvision.py (MoCo) and pretrain_ssl/pretrai
 src/pretrain/utils/convert_backbone.py; TorchGeo, torchgeo/models/resnet.py (plain keys). For scaling: CromSS,
 dataset/ssl4eo_dataset_lmdb.py (uint8 by statistics, / 255); SSL4EO-S12, issues 2, 17 and 28, where its author says that MoCo and
 DINO saw Sentinel-2 divided by 10,000 as uint8 and Sentinel-1 by statistics; DeCUR, datasets/SSL4EO/ssl4eo_dataset_lmdb_mm_norm.py
-and scripts/pretrain/ssl4eo_s12/srun_train_rn50_decur_mm.sh (statistics). For licences: NoLDO-S12's page, where CromSS's files lie (MIT); SSL4EO-S12,
-issue 1 (CC-BY-4.0); DeCUR's README (Apache-2.0).
+and scripts/pretrain/ssl4eo_s12/srun_train_rn50_decur_mm.sh (statistics).
+
+Reference, for licences: NoLDO-S12's page, where CromSS's files lie (MIT); SSL4EO-S12, issue 1 (CC-BY-4.0); DeCUR's README
+(Apache-2.0).
 """
 
 from collections import Counter
