@@ -1,7 +1,7 @@
 """Servers that MLflow keeps runs on: PostgreSQL of Debian's packages, `mlflow server`. Each for a `with` block, on loopback."""
 
-import getpass
 import os
+import pwd
 import re
 import secrets
 import shutil
@@ -112,7 +112,8 @@ class Postgres:
             shutil.chown(words, "postgres")
         options = [
             "--username=postgres",
-            "--auth=scram-sha-256",
+            "--auth-host=scram-sha-256",
+            "--auth-local=peer",  # the system's users by the socket, as Debian's own; whoever runs the tests is both
             f"--pwfile={words}",
             "--no-sync",
             "--encoding=UTF8",
@@ -123,10 +124,15 @@ class Postgres:
         words.unlink()
         rights, users = self.folder / "data" / "pg_hba.conf", self.folder / "data" / "pg_ident.conf"
         rights.write_text(re.sub(r"(?m)^(local .* peer)$", r"\1 map=tests", rights.read_text()))
-        users.write_text("".join(f"tests {getpass.getuser()} {role}\n" for role in ("postgres", "mlflow")))
+        users.write_text("".join(f"tests {pwd.getpwuid(os.getuid()).pw_name} {role}\n" for role in ("postgres", "mlflow")))
 
     def _start(self, port: int) -> None:
-        options = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": self.folder}
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": port,
+            "unix_socket_directories": self.folder,
+            "log_min_error_statement": "panic",  # a batch that is sent again is a statement of pages
+        }
         if not self._durable:
             options |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
         settings = [word for key, value in options.items() for word in ("-c", f"{key}={value}")]

@@ -68,6 +68,8 @@ class Recipe:
             capture_output=True,
             text=True,
             check=False,
+            start_new_session=True,  # no terminal that a password could be asked at
+            timeout=400,
         )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{self.log()}"
         return done.stdout
