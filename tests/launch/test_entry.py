@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cromss_dist.errors import ClusterError, ConfigError
-from cromss_dist.parse import parse_run
+from cromss_dist.parse import ParsedRun, parse_run
 from launch import pretrain
 from launch.probe import check_closed
 from tests.launch.conftest import ROOT
@@ -29,7 +29,7 @@ class Entry:
         self.output, self.shards, self.patch = output, shards, monkeypatch
 
     def __call__(self, kind: str, *more: str) -> int:
-        shape = ["--data.crop_px=32", "--engine.global_batch=4", "--engine.device=cpu"]
+        shape = ["--model.encoder=resnet18", "--data.crop_px=32", "--engine.global_batch=4", "--engine.device=cpu"]
         arguments = [f"--output={self.output}", f"--data.shards={self.shards}", *shape, *KINDS[kind], *more]
         self.patch.setattr(sys, "argv", ["launch/pretrain.py", *arguments])
         return pretrain.main()
@@ -94,6 +94,14 @@ def test_flags_that_a_kind_does_not_have_are_refused(entry: Entry) -> None:
         entry("slurm", "--launch.ray=false")
 
 
+def test_without_ray_the_run_is_in_this_process(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[ParsedRun] = []
+    monkeypatch.setattr(pretrain, "run_in_process", lambda run, _: ran.append(run))
+    monkeypatch.setattr(pretrain, "report", lambda *_: None)
+    assert entry("here", "--launch.ray=false") == 0
+    assert [Path(run.config.output) for run in ran] == [entry.output]
+
+
 def test_an_open_cluster_is_not_joined(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.probe._lets_in_by_grpc", lambda address: True)
     with pytest.raises(ClusterError, match="asks for no token"):
@@ -103,7 +111,8 @@ def test_an_open_cluster_is_not_joined(entry: Entry, monkeypatch: pytest.MonkeyP
     assert not entry.output.exists()
 
 
-def test_what_is_no_cluster_is_not_joined_either_where_open_ones_are(entry: Entry) -> None:
+def test_what_is_no_cluster_is_not_joined_either_where_open_ones_are(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.probe.TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(ClusterError, match="No Ray cluster answers"):
         entry("ray", f"--cluster.ray.address=127.0.0.1:{mute.getsockname()[1]}", "--allow-insecure")
     assert not entry.output.exists()

@@ -1,24 +1,19 @@
-"""N ranks with B / N samples each give the loss and gradients of one rank with B.
-
-Run as a script, this file is one rank of a gloo group: `test_ranks.py RANK WORLD FOLDER`.
-"""
+"""N ranks with B / N samples each give the loss and gradients of one rank with B."""
 
 import itertools
-import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cromss_dist.losses import CromssLoss, LossConfig
 from cromss_dist.losses.selection import ReduceSum
+from cromss_dist.world import World
+from tests.ranks import run_ranks
 
 CONFIG = LossConfig(segmentation=("ce", "dice", "focal"), consistency="kl")
 
@@ -82,35 +77,17 @@ def test_local_scope_sets_the_other_ranks_aside(batch: dict[str, Tensor]) -> Non
         assert torch.equal(step(local, batch, slice(0, 2))[key], value)
 
 
+def one_of_many(world: World, folder: Path) -> None:
+    """A rank: what the loss gives for its share of the batch."""
+    batch = load_file(folder / "batch.safetensors")
+    share = len(batch["label"]) // world.size
+    loss = CromssLoss(CONFIG, reduce_sum=world.reduce_sum, world_size=world.size)
+    output = step(loss, batch, slice(world.rank * share, (world.rank + 1) * share))
+    save_file({key: value.contiguous() for key, value in output.items()}, folder / f"rank{world.rank}.safetensors")
+
+
 def test_two_gloo_processes_give_the_loss_of_one(batch: dict[str, Tensor], tmp_path: Path) -> None:
     save_file({key: value.contiguous() for key, value in batch.items()}, tmp_path / "batch.safetensors")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    processes = [subprocess.Popen([*command, str(rank), "2", str(tmp_path)], env=environment) for rank in range(2)]
-    try:
-        assert [process.wait(120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    assert run_ranks(one_of_many, 2, tmp_path) == [0, 0]
     ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
     assert_equal_to_one_rank(ranks, step(CromssLoss(CONFIG), batch, slice(None)))
-
-
-def main(rank: int, world_size: int, folder: Path) -> None:
-    def all_reduce(x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    batch = load_file(folder / "batch.safetensors")
-    share = len(batch["label"]) // world_size
-    loss = CromssLoss(CONFIG, reduce_sum=all_reduce, world_size=world_size)
-    output = step(loss, batch, slice(rank * share, (rank + 1) * share))
-    save_file({key: value.contiguous() for key, value in output.items()}, folder / f"rank{rank}.safetensors")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
