@@ -51,7 +51,7 @@ def test_everything_that_a_run_writes_is_in_the_store(store_uri: str, run_dir: P
     add(run_dir, "artifact", path="panels/a.png", artifact="panels/a.png")
     add(run_dir, "progress", step=6, samples=24, metrics={"train/loss/total": math.inf})
     end(run_dir)
-    run_id = deliver(run_dir, store_uri).run_id
+    run_id = str(deliver(run_dir, store_uri).run_id)
     client, stored = connect(store_uri), stored_run(run_dir, store_uri)
     assert run_id == stored.info.run_id
     assert (stored.info.status, stored.info.run_name) == ("FINISHED", "first run")

@@ -40,7 +40,9 @@ def asked(lines: list[dict[str, Any]], cuts: list[int]) -> tuple[Any, ...]:
     """What all readings together ask for."""
     fold = Fold()
     every = [fold.add(lines[start:stop]) for start, stop in zip([0, *cuts], [*cuts, len(lines)], strict=True)]
-    params, tags, artifacts = {}, {}, {}
+    params: dict[str, str] = {}
+    tags: dict[str, str] = {}
+    artifacts: dict[str, str] = {}
     for requests in every:
         assert not params.keys() & requests.params.keys(), "MLflow changes no parameter"
         params |= requests.params

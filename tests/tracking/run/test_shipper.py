@@ -217,7 +217,12 @@ def test_a_spool_that_was_damaged_ends_no_run(store_uri: str, run_dir: Path) -> 
 
 def test_a_store_that_is_not_there_yet_is_made(run_dir: Path, template_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = run_dir.parent / "new" / "mlflow.db"
-    monkeypatch.setattr(replica, "initialise_store", lambda uri: (place.parent.mkdir(), shutil.copyfile(template_store, place)))
+
+    def initialise(uri: str) -> None:
+        place.parent.mkdir()
+        shutil.copyfile(template_store, place)
+
+    monkeypatch.setattr(replica, "initialise_store", initialise)
     write_attempt(run_dir, range(1, 3))
     sending = Shipper(run_dir, f"sqlite:///{place}", tell=lambda text: None)
     assert sending.close(LONG_S).run_id

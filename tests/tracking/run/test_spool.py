@@ -75,7 +75,12 @@ def test_an_error_of_the_disk_is_not_passed_over(tmp_path: Path, monkeypatch: py
 def test_lines_reach_the_disk_without_a_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced, fsync = threading.Event(), os.fsync
     monkeypatch.setattr(module, "SYNC_S", 0.01)
-    monkeypatch.setattr(os, "fsync", lambda file: (fsync(file), synced.set()))
+
+    def sync(file: int) -> None:
+        fsync(file)
+        synced.set()
+
+    monkeypatch.setattr(os, "fsync", sync)
     with Spool(tmp_path) as spool:
         spool.append("stage", text="one")
         assert synced.wait(30)
@@ -91,10 +96,12 @@ def test_a_closed_spool_takes_nothing(tmp_path: Path) -> None:
 
 
 def test_lines_of_many_threads_do_not_mix(tmp_path: Path) -> None:
+    def write(spool: Spool, k: int) -> None:
+        for n in range(200):
+            spool.append("stage", text=f"{k}-{n}")
+
     with Spool(tmp_path) as spool:
-        threads = [
-            threading.Thread(target=lambda k=k: [spool.append("stage", text=f"{k}-{n}") for n in range(200)]) for k in range(4)
-        ]
+        threads = [threading.Thread(target=write, args=(spool, k)) for k in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
