@@ -270,7 +270,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _start(command: list[str], log: Path, environment: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as file:
+    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
         return subprocess.Popen(
             command, stdout=file, stderr=file, env=environment, cwd=folder, start_new_session=True, umask=0o077
         )
