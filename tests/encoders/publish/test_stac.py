@@ -4,15 +4,18 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import jsonschema
 import numpy as np
+import pystac
 import pytest
+import referencing
+from pystac.extensions import mlm
+from pystac.validation.local_validator import get_local_schema_cache
 
 from cromss_dist.encoders.publish.stac import file_asset, scaling_expression, stac_item
 from cromss_dist.schema import BANDS, NORMALISATION, Modality
 from tests.conftest import MakeCard
 from tests.encoders.publish import mlm_schema
-
-jsonschema = pytest.importorskip("jsonschema", reason="the extra `dev` is not installed")
 
 ASSETS = {
     "model": file_asset("a", 3, "ab" * 32, "application/octet-stream", ["mlm:model"], "Weights", "torch.save"),
@@ -22,9 +25,7 @@ ASSETS = {
 
 def problems(item: dict[str, Any]) -> list[str]:
     """What STAC 1.1's own schema, which pystac carries, and MLM's have against an item."""
-    local = pytest.importorskip("pystac.validation.local_validator", reason="the extra `stac` is not installed")
-    referencing = pytest.importorskip("referencing")
-    schemas = local.get_local_schema_cache()
+    schemas = get_local_schema_cache()
     registry = referencing.Registry().with_resources(
         [(uri, referencing.Resource.from_contents(schema)) for uri, schema in schemas.items()]
     )
@@ -71,8 +72,6 @@ def test_the_schemas_find_what_is_wrong(make_card: MakeCard, spoil: Any) -> None
 
 
 def test_pystac_reads_an_item_as_a_model(make_card: MakeCard) -> None:
-    pystac = pytest.importorskip("pystac", reason="the extra `stac` is not installed")
-    mlm = pytest.importorskip("pystac.extensions.mlm", reason="the extra `stac` is not installed")
     card = make_card()
     item = pystac.Item.from_dict(stac_item(card, 5, ASSETS))
     assert mlm.SCHEMA_URI_PATTERN.format(version=mlm.DEFAULT_VERSION) == mlm_schema.URI
@@ -82,6 +81,7 @@ def test_pystac_reads_an_item_as_a_model(make_card: MakeCard) -> None:
     assert tuple(model.input[0].bands) == card.bands
     assert model.input[0].input.shape == [-1, 13, -1, -1]
     assert [output.result.shape[1] for output in model.output] == list(card.out_channels)
+    assert model.hyperparameters is not None
     assert model.hyperparameters.to_dict() == card.recipe
 
 
