@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from safetensors.torch import load_file
 from cromss_dist import load_encoder
 from cromss_dist.config import EngineConfig, LaunchConfig, RunConfig
 from cromss_dist.data.store.index import open_shards
-from cromss_dist.errors import BandError, ConfigError
+from cromss_dist.errors import BandError, ConfigError, main_guard
 from cromss_dist.parse import parse_run
 from cromss_dist.schema import NORMALISATION
 from cromss_dist.tracking.run.shipper import deliver
 from cromss_dist.tracking.run.spool import read_events, run_id_of
 from cromss_dist.tracking.store import connect
+from launch import pretrain
 from launch.elastic import num_workers
 from tests.launch.conftest import ROOT, SMALL, Run, environment
+from tests.ranks import run_ranks
+from tests.whole_runs import start_folder, traced_run
 
 
 @pytest.fixture(scope="session")
@@ -101,15 +105,17 @@ def test_both_encoders_are_registered_and_look_up_bit_equal(finished: Path, synt
         load_encoder("cromss-resnet18-s2@candidate", bands=("VV", "VH"), tracking_uri=summary["tracking_uri"])
 
 
-def test_one_worker_gives_the_same_numbers_with_and_without_ray(launch: Run, tmp_path: Path) -> None:
+def test_ranks_that_ray_did_not_start_give_the_same_numbers(finished: Path, store_uri: str, tmp_path: Path) -> None:
+    config = parse_run([f"--config={finished / 'config.yaml'}"]).config
+    config = replace(config, tracking=replace(config.tracking, uri=store_uri, register=False))
+    folder = tmp_path / "run"
+    assert run_ranks(traced_run, 2, folder, start_folder(folder, config)) == [0, 0]
     curves, weights = [], []
-    for name, arguments in (("ray", ["--launch.workers", "1"]), ("here", ["--launch.workers", "1", "--launch.ray", "false"])):
-        done = launch(tmp_path / name, *arguments, "--train.epochs", "4", "--tracking.register", "false")
-        assert done.returncode == 0, done.stderr + done.stdout
-        (summary,) = (tmp_path / name).glob("*/summary.json")
-        steps = events_of(summary.parent, "progress") + events_of(summary.parent, "validation")
+    for run_dir in (finished, folder):
+        steps = events_of(run_dir, "progress") + events_of(run_dir, "validation")
         curves.append([{k: v for k, v in e["metrics"].items() if not k.startswith("perf/")} for e in steps])
-        weights.append(load_file(summary.parent / "model.safetensors"))
+        weights.append(load_file(run_dir / "model.safetensors"))
+    assert len(curves[0]) > 8
     assert curves[0] == curves[1]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
@@ -190,15 +196,22 @@ def wait_for(condition: Any, seconds: float) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_starts_nothing(
-    launch: Run, tmp_path: Path, arguments: list[str], code: int, message: str
+    synthetic_shards: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a GPU, so engine.device=cuda is right here")
-    done = launch(tmp_path / "runs", *arguments)
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    fixed = [*SMALL, "--output", str(tmp_path / "runs"), "--data.shards", str(synthetic_shards)]
+    monkeypatch.setattr(sys, "argv", ["launch/pretrain.py", *fixed, *arguments])
+    assert main_guard(pretrain.main) == code
+    told = capsys.readouterr().err
+    assert message in told
+    assert len(told.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists(), "nothing half-written"
 
 
