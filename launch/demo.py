@@ -63,6 +63,7 @@ def main() -> int:
 
     console.rule("4/4  the registry")
     store = summary.tracking_uri
+    assert store is not None, "the demo's config names a store"
     _show_and_run(console, [_command("cromss"), "registry", "list", "--tracking_uri", store])
     maps = {name: _look_up(f"{name}@candidate", store) for name in summary.registered}
 

@@ -186,7 +186,7 @@ def test_a_finished_run_is_not_repeated_and_goes_on_if_it_is_made_longer(config:
     config = replace(config, tracking=replace(config.tracking, register=True))
 
     def num_registered() -> list[int]:
-        client = connect(config.tracking_uri)
+        client = connect(str(config.tracking_uri))
         return [len(client.search_model_versions(f"name='cromss-resnet18-{modality}'")) for modality in MODALITIES]
 
     folder = tmp_path / "run"

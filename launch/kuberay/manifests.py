@@ -117,10 +117,11 @@ def check_volumes(config: RunConfig, kuberay: KubeRayConfig) -> None:
                 f"cluster.kuberay.volumes={kuberay.volumes} is not allowed: {place} lies in, above or at a folder that the pods "
                 f"have already; give each claim a folder of its own, outside {', '.join(_OURS)}, such as /data."
             )
-    sqlite = config.tracking_uri.removeprefix("sqlite:///")
+    store = config.tracking_uri or ""
+    sqlite = store.removeprefix("sqlite:///")
     named = [("output", config.output), *(("data.shards", path) for path in config.data.weights)]
     named += [("data.filter.quality", path) for path in config.data.filter.quality]
-    named += [("tracking.uri", sqlite)] if sqlite != config.tracking_uri else []
+    named += [("tracking.uri", sqlite)] if sqlite != store else []
     for key, path in named:
         if "://" not in path and not any(_normal(path).is_relative_to(place) for place in places):
             raise ConfigError(

@@ -18,8 +18,8 @@ from tests.tracking.registry.conftest import NAME, MakePackage
 PLACES = ("stored", "created", "examined", "verified", "recorded")  # in the order of registering
 
 
-def problems(registry: Registry, **options: bool) -> list[tuple[str, str]]:
-    return [(finding.ref, finding.problem) for finding in check(registry, **options)]
+def problems(registry: Registry, deep: bool = False) -> list[tuple[str, str]]:
+    return [(finding.ref, finding.problem) for finding in check(registry, deep)]
 
 
 def stored(registry: Registry, version: int) -> Path:
