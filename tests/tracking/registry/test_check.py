@@ -19,7 +19,7 @@ PLACES = ("stored", "created", "examined", "verified", "recorded")  # in the ord
 
 
 def problems(registry: Registry, deep: bool = False) -> list[tuple[str, str]]:
-    return [(finding.ref, finding.problem) for finding in check(registry, deep)]
+    return [(finding.ref, finding.problem) for finding in check(registry, deep=deep)]
 
 
 def stored(registry: Registry, version: int) -> Path:
