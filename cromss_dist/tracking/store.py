@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _SQLITE = "sqlite:///"
-# No usage reports to the vendor, no progress bars in logs, and a server that is down costs seconds, not MLflow's
+# No usage reports to the vendor, no progress bars and links in logs, and a server that is down costs seconds, not MLflow's
 # minutes. Values from the environment win.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }

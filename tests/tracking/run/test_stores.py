@@ -117,8 +117,10 @@ def _dropping_replies(server: tuple[str, int]) -> Iterator[tuple[str, list[int]]
         with suppress(OSError), client, socket.create_connection(server) as upstream:
             threading.Thread(target=_copy, args=(client, upstream), daemon=True).start()
             while reply := upstream.recv(1 << 16):
-                if draws.random() < 0.2:
+                if draws.random() < 0.4:
                     dropped.append(len(reply))
+                    client.shutdown(socket.SHUT_RDWR)  # a close alone waits for the other thread
+                    upstream.shutdown(socket.SHUT_RDWR)
                     return
                 client.sendall(reply)
 
@@ -135,6 +137,7 @@ def _dropping_replies(server: tuple[str, int]) -> Iterator[tuple[str, list[int]]
 
 
 def _copy(source: socket.socket, to: socket.socket) -> None:
+    here, there = (b"Host: 127.0.0.1:%d" % port for port in (source.getsockname()[1], to.getpeername()[1]))
     with suppress(OSError):
         while data := source.recv(1 << 16):
-            to.sendall(data)
+            to.sendall(data.replace(here, there))  # the server takes no other host
