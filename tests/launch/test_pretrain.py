@@ -215,7 +215,14 @@ def test_bad_input_is_one_line_and_starts_nothing(
     assert not (tmp_path / "runs").exists(), "nothing half-written"
 
 
-def test_a_damaged_shard_ends_the_workers_with_its_own_error(synthetic_shards: Path, tmp_path: Path, launch: Run) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [("--launch.ray", "false", "--launch.workers", "1"), pytest.param((), marks=pytest.mark.slow)],
+    ids=["in process", "Ray"],
+)
+def test_a_damaged_shard_ends_a_run_with_its_own_error(
+    synthetic_shards: Path, tmp_path: Path, launch: Run, how: tuple[str, ...]
+) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     for path in synthetic_shards.iterdir():
@@ -226,7 +233,7 @@ def test_a_damaged_shard_ends_the_workers_with_its_own_error(synthetic_shards: P
         content[place] ^= 1
     tar.chmod(stat.S_IRUSR | stat.S_IWUSR)
     tar.write_bytes(content)
-    done = launch(tmp_path / "runs", "--data.shards", str(shards))
+    done = launch(tmp_path / "runs", "--data.shards", str(shards), *how)
     assert done.returncode == 15, done.stderr
     assert "do not match their CRC-32C" in done.stderr
     (events,) = (tmp_path / "runs").glob("*/events.jsonl")
