@@ -32,7 +32,7 @@ def server(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="session")
 def trained_runs(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders of two runs of two steps, which have told no store. Copy them: what is sent is noted in them."""
+    """Folders of two runs of two steps, which told no store; what a test sends is noted in them by its store."""
     folder = tmp_path_factory.mktemp("trained")
     config = replace(of_steps(small_run(synthetic_shards, "unused"), 2), tracking=OFFLINE)
     runs = folder / "first", folder / "second"
