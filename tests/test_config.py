@@ -116,9 +116,12 @@ def test_a_config_imports_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not marker.exists()
 
 
-def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated() -> None:
-    with pytest.raises(ConfigError, match=r"tracking.uri holds a password") as caught:
-        parse_run(["--tracking.uri", "postgresql://me:canary@host:5432/db"])
+@pytest.mark.parametrize(
+    "uri", ["postgresql://me:canary@host:5432/db", "https://canary@host", "postgresql://host/db?password=canary"]
+)
+def test_a_login_in_the_tracking_uri_is_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking.uri holds a login") as caught:
+        parse_run(["--tracking.uri", uri])
     assert "canary" not in str(caught.value)
     assert parse_run(["--tracking.uri", "http://host:5000"]).config.tracking.uri == "http://host:5000"
 

@@ -3,11 +3,10 @@
 Layer 1.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
-from cromss_dist.config.check import require
+from cromss_dist.config.check import login_in, require
 from cromss_dist.errors import ConfigError
 
 OFFLINE = "offline"  # of `tracking.uri`
@@ -90,11 +89,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         require(self.patience_s >= 0, "tracking.patience_s", self.patience_s, "give seconds, 0 or more")
-        if self.uri is not None and re.search(r"://[^/]*:[^/]*@", self.uri):
-            raise ConfigError(  # without the value
-                "tracking.uri holds a password, which would be recorded with the run and its encoders; take it out and set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD for PostgreSQL."
-            )
+        if self.uri is not None and (mend := login_in(self.uri)):
+            raise ConfigError(f"tracking.uri holds a login, which would be recorded with the run and its encoders; {mend}.")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, urlsplit
 
+from cromss_dist.config.check import login_in
 from cromss_dist.errors import RegistryError, StorageError
 from cromss_dist.tracking import postgres
 
@@ -51,7 +51,8 @@ def tracking_uri(uri: str | None = None) -> str:
         "default": f"{_SQLITE}runs/mlflow.db",
     }
     source, chosen = next((source, value) for source, value in named.items() if value)
-    _refuse_credentials(source, chosen)
+    if mend := login_in(chosen):
+        raise RegistryError(f"The tracking URI ({source}) holds a login, which logs and run folders would show; {mend}.")
     if chosen.startswith(_SQLITE):
         return f"{_SQLITE}{Path(chosen.removeprefix(_SQLITE)).absolute()}"
     scheme, _, rest = chosen.partition("://")
@@ -133,22 +134,6 @@ def brief(error: Exception) -> str:
     """What an exception of MLflow says, in one line: a database's own words without the SQL around them."""
     words = getattr(error.__cause__, "orig", None) or error
     return str(words).splitlines()[0].rstrip(".")
-
-
-def _refuse_credentials(source: str, uri: str) -> None:
-    """A URI is printed, recorded with runs and seen in lists of processes; a login must not be."""
-    parts = urlsplit(uri)
-    login, _, host = parts.netloc.rpartition("@")
-    user, _, password = login.partition(":")
-    mend = "its password in ~/.pgpass or the file that PGPASSFILE names (mode 0600)"
-    if parts.scheme in ("http", "https"):  # a user alone may be a token
-        user, password = "", login
-        mend = "its login in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    if password or {"password", "sslpassword"} & parse_qs(parts.query).keys():
-        place = f"{parts.scheme}://{user}{'@' if user else ''}{host}{parts.path}"
-        raise RegistryError(
-            f"The tracking URI ({source}) holds a login, which logs and run folders would show; give {place} and {mend}."
-        )
 
 
 def _initialise_sqlite(path: Path) -> None:
