@@ -21,6 +21,7 @@ from cromss_dist.encoders.importing.layouts import (
     bands_of,
     find_encoder,
     normalisation,
+    shown,
 )
 from cromss_dist.encoders.importing.pickles import TensorRef
 from cromss_dist.errors import BandError, ConfigError, PackageError
@@ -191,7 +192,7 @@ def _weights(checkpoint: Checkpoint, refs: dict[str, TensorRef], own: dict[str, 
     if missing or extra:
         raise PackageError(
             f"The checkpoint's keys are not the encoder's: {len(missing)} missing {missing[:3]}, {len(extra)} too many "
-            f"{extra[:3]}."
+            f"{[shown(key) for key in extra[:3]]}."
         )
     for key, tensor in own.items():
         if refs[key].shape != tuple(tensor.shape):

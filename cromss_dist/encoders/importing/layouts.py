@@ -17,9 +17,10 @@ Reference, for licences: NoLDO-S12's page, where CromSS's files lie (MIT); SSL4E
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
-from cromss_dist.encoders.importing.pickles import TensorRef
+from cromss_dist.encoders.importing.pickles import Inert, TensorRef
 from cromss_dist.errors import BandError, ConfigError, PackageError
 from cromss_dist.schema import (
     BANDS,
@@ -124,6 +125,10 @@ LAYOUTS = (
 _HEADS = ("fc.",)  # behind the last feature map; MoCo's has layers, fc.0 and fc.2
 _DEFORMABLE = ("da1_", "da2_")  # DeCUR's '-rda' encoders add deformable attention between the stages
 _VIT = ("patch_embed.", "cls_token", "pos_embed")
+# What a message about a file looks at and shows: one dict may stand in it under any number of names, of any length.
+_PARTS_LOOKED_AT = 32
+_KEYS_LOOKED_AT = 100_000
+_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -237,15 +242,21 @@ def _check_is_plain(content: object, found: FoundEncoder) -> None:
 def _what_it_has(content: object) -> str:
     """The prefixes of a checkpoint, for the message that none fits."""
     if not isinstance(content, dict):
-        return f"it holds a {type(content).__name__}, not a dict of weights"
-    names = [name for name in content if isinstance(name, str) and isinstance(content[name], dict)]
-    parts = {name: tensors for name, tensors in _parts(content, ("", *names)) if tensors}
-    if not parts:
-        return f"it holds no tensors by name, but {', '.join(map(repr, list(content)[:8])) or 'nothing'}"
-    if any(key.startswith(_VIT) or f".{vit}" in key for tensors in parts.values() for key in tensors for vit in _VIT):
+        kinds = {TensorRef: "tensor", Inert: "single object"}
+        kind = kinds.get(type(content), type(content).__name__)
+        return f"it holds a {kind}, not a dict of weights"
+    names = (name for name in content if isinstance(name, str) and isinstance(content[name], dict))
+    every = ((part, key) for part, tensors in _parts(content, ("", *islice(names, _PARTS_LOOKED_AT))) for key in tensors)
+    keys = [(shown(part), shown(key)) for part, key in islice(every, _KEYS_LOOKED_AT)]
+    if not keys:
+        return f"it holds no tensors by name, but {', '.join(shown(repr(key)) for key in islice(content, 8)) or 'nothing'}"
+    if any(key.startswith(_VIT) or f".{vit}" in key for _, key in keys for vit in _VIT):
         return "it is of a vision transformer, as MAE's and the ViT-S/16 ones are; only ResNet encoders have stages to import"
-    prefixes = Counter(
-        f"{part + ': ' if part else ''}{'.'.join(key.split('.')[:2])}.*" for part, tensors in parts.items() for key in tensors
-    )
+    prefixes = Counter(f"{part + ': ' if part else ''}{'.'.join(key.split('.')[:2])}.*" for part, key in keys)
     listed = ", ".join(f"{prefix} ({count})" for prefix, count in prefixes.most_common(12))
     return f"its keys, by prefix: {listed}{', ...' if len(prefixes) > 12 else ''}"
+
+
+def shown(text: str) -> str:
+    """Text of a foreign file for a message: one short line that a terminal only prints."""
+    return "".join(character if character.isprintable() else "?" for character in text[:_SHOWN])

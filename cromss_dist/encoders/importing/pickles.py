@@ -21,6 +21,8 @@ from cromss_dist.errors import PackageError
 
 MAX_OPCODES = 1_000_000  # two U-Nets with their optimizer's state have about 60,000; this bounds time, stack and memo
 MAX_NAME_BYTES = 200
+MAX_DIMENSIONS = 16  # of a tensor
+MAX_INT_KEY = 2**60  # larger ones may share a hash, and a dict of many such takes for ever
 
 _REBUILD = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor")
 _PARAMETER = "torch._utils _rebuild_parameter"
@@ -126,6 +128,7 @@ class _Machine:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._encoded = 0
 
     def run(self) -> Any:
         for _ in range(MAX_OPCODES):
@@ -187,6 +190,8 @@ class _Machine:
         for key in pairs[::2]:  # of tuples in tuples the hash alone could take for ever
             if not isinstance(key, str | int | float | bytes | Name | None):
                 raise _DamagedError(f"a key is a {type(key).__name__}")
+            if isinstance(key, int) and abs(key) > MAX_INT_KEY:
+                raise _DamagedError(f"a key is a number beyond {MAX_INT_KEY}")
         if isinstance(target, dict):
             target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
@@ -203,6 +208,10 @@ class _Machine:
         arguments, name = self._pop(), self._pop()
         if not isinstance(name, Name) or not isinstance(arguments, tuple):
             raise _DamagedError("it calls what is no name")
+        if name.path == _ENCODE:  # the only call whose result takes memory of its own
+            self._encoded += sum(len(argument) for argument in arguments if isinstance(argument, str))
+            if self._encoded > len(self._content):
+                raise _DamagedError("it encodes more text than it holds")
         self.push(_made(name.path, arguments))
 
     def build(self) -> None:
@@ -308,8 +317,9 @@ def _made(path: str, arguments: tuple[Any, ...]) -> Any:
         return Inert(path)
     match path, arguments:
         case p, (StorageRef() as storage, int() as offset, tuple() as shape, tuple() as strides, *_) if p in _REBUILD:
-            numbers = (offset, *shape, *strides)
-            if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**40 for n in numbers):
+            numbers = (offset, *shape[:MAX_DIMENSIONS], *strides[:MAX_DIMENSIONS])
+            ranks = len(shape) == len(strides) <= MAX_DIMENSIONS
+            if not ranks or not all(type(n) is int and 0 <= n < 2**40 for n in numbers):
                 raise _DamagedError("a tensor's shape or strides are none")
             return TensorRef(storage, offset, shape, strides)
         case p, (TensorRef() as tensor, *_) if p == _PARAMETER:

@@ -126,6 +126,16 @@ PROGRAMS: dict[str, Callable[[str], bytes]] = {
     "no text": lambda m: b"\x80\x02X\x02\0\0\0\xff\xfe.",
     "memo of nothing": lambda m: b"\x80\x02q\0.",
     "memo that is not there": lambda m: b"\x80\x02h\x07.",
+    "a text encoded again and again": lambda m: (
+        b"\x80\x02c_codecs\nencode\nq\0X\x10\x27\0\0"
+        + b"a" * 10_000
+        + b"q\1X\x06\0\0\0latin1q\2]("
+        + b"h\0h\1h\2\x86R" * 9
+        + b"e."
+    ),
+    "keys of one hash": lambda m: (
+        b"\x80\x02}(" + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(9)) + b"u."
+    ),
     "too long": lambda m: b"\x80\x02" + b"N0" * 10 + b"K\x00q\x00" + b"h\x00" * 1_000_001,
 }
 
@@ -139,6 +149,7 @@ TENSORS: dict[str, bytes] = {
     "negative strides": _tensor((2,), (-1,), offset=1),
     "huge": _tensor((2**62,), (1,)),
     "other ranks": _tensor((2, 2), (1,)),
+    "twenty dimensions": _tensor((1,) * 20, (1,) * 20),
     "a member that is not there": _tensor((4,), (1,), key="1"),
     "another member": _tensor((4,), (1,), key="../data.pkl"),
     "fewer numbers than stored": _tensor((2,), (1,), count=2),

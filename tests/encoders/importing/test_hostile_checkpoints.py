@@ -101,6 +101,22 @@ def test_a_pickle_nested_a_hundred_thousand_deep_ends_in_an_error_or_a_value(tmp
             import_encoder(path, tmp_path / "package", "s2")
 
 
+def test_a_message_shows_little_of_a_file_and_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+    path, weights = tmp_path / "loud.pth", {"w\x1b[2J\n" + "x" * 10_000: torch.zeros(1)}
+    torch.save({f"part {number}\x1b]0;a" + "y" * 10_000: weights for number in range(100)}, path)
+    with pytest.raises(PackageError, match="no encoder for s2") as caught:
+        import_encoder(path, tmp_path / "package", "s2")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 3000
+
+
+def test_one_dict_under_many_names_is_not_looked_through_each_time(tmp_path: Path) -> None:
+    weights = {f"w{number}": None for number in range(5000)}
+    torch.save({f"part {number}": weights for number in range(20_000)}, tmp_path / "twins.pth")  # 100 million entries to see
+    with pytest.raises(PackageError, match="no tensors by name, but 'part 0'"):
+        import_encoder(tmp_path / "twins.pth", tmp_path / "package", "s2")
+
+
 def test_what_published_checkpoints_hold_beside_their_weights_is_read_as_nothing(tmp_path: Path) -> None:
     small = {"conv1.weight": torch.rand(2, 13)}
     torch.save(cromss("middle", small, small), tmp_path / "cromss.ckpt")
