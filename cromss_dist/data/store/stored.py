@@ -205,6 +205,8 @@ def _contract(stated: Json) -> Normalisation:
         if len(values) != len(fields["bands"]) or not np.all(np.isfinite(np.array(values, np.float64))):
             raise ValueError(f"the {name} of a normalisation is {values!r}")
         fields[name] = tuple(values)
+    if fields.get("rule", Normalisation.rule) != Normalisation.rule:  # nothing here computes another
+        raise ValueError(f"the rule of a normalisation is {fields['rule']!r}")
     return Normalisation(**{**fields, "bands": _texts(fields["bands"])})
 
 

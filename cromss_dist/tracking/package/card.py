@@ -109,12 +109,16 @@ class EncoderCard:
             return f"the normalisation is for bands {list(contract.bands)}, the encoder for {list(self.bands)}"
         if not len(self.bands) == len(contract.mean) == len(contract.std) == self.in_channels:
             return f"in_channels={self.in_channels} and the normalisation do not fit the {len(self.bands)} bands"
+        if contract.rule != Normalisation.rule:
+            return f"the normalisation's rule {contract.rule!r} is not {Normalisation.rule!r}, the only one there is"
         if min(contract.std) <= 0:
             return f"the normalisation divides by std {list(contract.std)}; all must be above 0"
         if not self.out_channels or len(self.out_channels) != len(self.strides):
             return f"out_channels={self.out_channels} and strides={self.strides} differ in length"
         if min(*self.out_channels, *self.strides) < 1 or self.depth < 1 or self.patch_px < 0:
             return f"out_channels={self.out_channels}, strides={self.strides}, depth={self.depth}, patch_px={self.patch_px}"
+        if self.input_range != (0.0, 1.0):
+            return f"input_range={self.input_range}; it is 0 and 1, since the input is u8 / 255"
         if self.origin and self.origin.keys() != ORIGIN_KEYS:
             return f"origin has keys {sorted(self.origin)}; give all of {sorted(ORIGIN_KEYS)}, or none"
         required = ("encoder", "method") if self.origin else ("encoder", "method", *_RUN_FACTS)

@@ -23,7 +23,7 @@ class Evidence:
         dataset: Short name of the test set: 'dw', 'osm', 'dfc2020'; lower-case letters, digits, '_', '-'.
         metric: Name of the figure, likewise: 'miou', 'oa'. Larger is better.
         protocol: 'frozen' keeps the encoder under a trained decoder, 'finetuned' trains both, 'linear' fits one linear layer.
-        value: The figure, as a share, not in percent.
+        value: The figure, as a share: at most 1, not in percent.
         low: Lower end of its interval, at most `value`.
         high: Upper end, at least `value`.
         source: Run id or publication that it is from.
@@ -62,6 +62,8 @@ class Evidence:
         # NaN compares false, infinity is above all that is finite.
         if not -float("inf") < self.low <= self.value <= self.high < float("inf"):
             return f"value={self.value!r} must be finite and inside its interval, low={self.low!r} to high={self.high!r}"
+        if self.value > 1:  # a percentage would win against every share
+            return f"value={self.value!r} is no share; give at most 1, such as 0.61 for 61 %"
         if not 0 < self.level < 1:
             return f"level={self.level!r} is not allowed; give a coverage in (0, 1), such as 0.95"
         if min(self.runs, self.samples) < 0:

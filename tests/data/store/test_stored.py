@@ -75,6 +75,7 @@ CHANGES: dict[str, Callable[[Json], object]] = {
     "no statistics": lambda m: m["normalisation"].pop("s2"),
     "another digest": lambda m: m["normalisation"]["s1"].update(digest="0" * 64),
     "other statistics": lambda m: m["normalisation"]["s1"]["mean"].__setitem__(0, -12.0),
+    "another rule": lambda m: m["normalisation"]["s1"].update(rule="v / 10000"),
     "infinite statistics": lambda m: m["normalisation"]["s1"]["std"].__setitem__(0, float("inf")),
     "a tar of less than nothing": lambda m: m["shards"][0].update(size=-1),
     "a tar of one and a half samples": lambda m: m["shards"][0].update(samples=1.5),

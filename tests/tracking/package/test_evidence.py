@@ -43,6 +43,7 @@ def test_a_key_means_one_protocol_and_the_short_form_the_best_of_them() -> None:
         ({"value": float("nan")}, "finite"),
         ({"low": float("-inf")}, "finite"),
         ({"high": float("inf")}, "finite"),
+        ({"value": 61.2, "low": 60.0, "high": 62.0}, "is no share; give at most 1"),
         ({"level": 1.0}, "coverage"),
         ({"level": float("nan")}, "coverage"),
         ({"runs": -1}, "counts"),

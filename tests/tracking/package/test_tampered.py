@@ -61,6 +61,13 @@ def rewrite(package: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (package / CARD_FILE).write_text(json.dumps(content, sort_keys=True, indent=2) + "\n")
 
 
+def _with_rule(card: dict[str, Any], rule: str) -> None:
+    """A contract that nothing here computes, with a digest that holds."""
+    card["normalisation"]["rule"] = rule
+    content = json.dumps(card["normalisation"], sort_keys=True)
+    card["normalisation_sha256"] = hashlib.sha256(content.encode()).hexdigest()
+
+
 def other(value: Any) -> Any:
     """Another value of the same type."""
     if isinstance(value, dict):
@@ -184,6 +191,11 @@ def test_a_file_that_would_fill_the_memory_is_refused_unread(package: Path, name
         (lambda card: card.update(run_id="", method=""), "method, run_id must be known, since it is no import"),
         (lambda card: card.update(tensors_sha256="0"), "tensor list sha256"),
         (lambda card: card["normalisation"]["mean"].__setitem__(0, 1.0), "normalisation_sha256"),
+        (lambda card: card.update(input_range=[0.0, 10.0]), r"input_range=\(0.0, 10.0\); it is 0 and 1"),
+        (
+            lambda card: _with_rule(card, "v / 10000"),
+            r"the normalisation's rule 'v / 10000' is not 'trunc.*the only one there is",
+        ),
         (lambda card: card["normalisation"].pop("units"), r"missing keys \['units'\]"),
     ],
 )
