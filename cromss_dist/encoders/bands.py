@@ -4,9 +4,9 @@ Only the first convolution knows bands (some encoders have two side by side). It
 weights stay as they are. O outputs, C bands, H rows, W columns of a kernel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +37,27 @@ def for_bands(
         `encoder` itself where `bands` are its own; else a new one, with a card of its own and `adapted`.
 
     Raises:
-        BandError: a band is unknown to the modality or given twice; it was not trained with one, and `missing` does not say
-            what to do; or it was scaled by a rule or in units that the statistics of missing bands are not in.
+        BandError: a band is unknown to the modality or given twice, or they have no order; it was not trained with one, and
+            `missing` does not say what to do; it was scaled in units that the statistics of missing bands are not in; or it was
+            adapted before.
     """
-    card, bands = encoder.card, tuple(bands)
+    card = encoder.card
+    if isinstance(bands, str | Set):
+        raise BandError(f"bands={bands!r} is a {type(bands).__name__}; give a list of names, in the order you feed them.")
+    if missing not in ("error", *get_args(MissingRule)):
+        raise BandError(f"missing={missing!r} is not allowed; choose 'error', 'zeros' or 'mean'.")
+    bands = tuple(bands)
     try:
         check_bands(card.modality, bands)
     except BandError as error:
         raise BandError(f"{error} {_takes(card)}") from None
     if bands == card.bands:
         return encoder
+    if encoder.adapted is not None:  # what was left out then is gone
+        raise BandError(
+            f"The encoder was adapted before, from {', '.join(encoder.adapted.trained)} to {', '.join(card.bands)}; load it "
+            "again for other bands."
+        )
     lacking = tuple(band for band in bands if band not in card.bands)
     if missing == "error" and lacking:
         raise BandError(
@@ -99,10 +110,10 @@ def input_weights(card: EncoderCard, state: dict[str, Tensor], other: dict[str, 
 def _contract(card: EncoderCard, bands: tuple[str, ...], lacking: tuple[str, ...]) -> Normalisation:
     """How each band is scaled: as in training; a missing one as SSL4EO-S12's statistics say, if they fit the others."""
     trained, known = card.normalisation, NORMALISATION[card.modality]
-    if lacking and (trained.rule, trained.units) != (known.rule, known.units):
+    if lacking and trained.units != known.units:
         raise BandError(
-            f"How {', '.join(lacking)} would be scaled is not known: the encoder's inputs are in {trained.units!r} by "
-            f"{trained.rule!r}, the statistics of missing bands in {known.units!r} by {known.rule!r}. Leave these bands out."
+            f"How {', '.join(lacking)} would be scaled is not known: the encoder's inputs are in {trained.units!r}, the "
+            f"statistics of missing bands in {known.units!r}. Leave these bands out."
         )
     of = {band: (known.mean[i], known.std[i]) for i, band in enumerate(known.bands)}
     of |= {band: (trained.mean[i], trained.std[i]) for i, band in enumerate(trained.bands)}

@@ -89,7 +89,7 @@ class PretrainedEncoder(nn.Module):
             )
         return stage_features(self.encoder, x)
 
-    def normalise(self, values: npt.NDArray[np.generic]) -> Tensor:
+    def normalise(self, values: npt.ArrayLike) -> Tensor:
         """Physical values to model input, by the contract the encoder was trained under (uint8, then / 255).
 
         Args:
@@ -101,6 +101,7 @@ class PretrainedEncoder(nn.Module):
         Raises:
             BandError: another number of bands.
         """
+        values = np.asarray(values)
         if values.ndim < 3 or values.shape[-3] != len(self.bands):
             raise BandError(
                 f"Values of shape {values.shape} do not fit; give (..., {len(self.bands)}, H, W) with {self._wanted()}."

@@ -136,12 +136,32 @@ def test_bands_that_cannot_be_are_refused_with_those_it_takes(
         load_encoder(encoder_package, bands=bands, missing="zeros")
 
 
-@pytest.mark.parametrize("change", [{"units": "reflectance"}, {"rule": "v / 10000"}])
-def test_bands_whose_scaling_is_not_known_are_refused(nine: PretrainedEncoder, change: dict[str, Any]) -> None:
-    odd = PretrainedEncoder(replace(nine.card, normalisation=replace(nine.card.normalisation, **change)), nine.encoder)
+def test_bands_whose_scaling_is_not_known_are_refused(nine: PretrainedEncoder) -> None:
+    odd = PretrainedEncoder(replace(nine.card, normalisation=replace(nine.card.normalisation, units="sr-1")), nine.encoder)
     assert for_bands(odd, ("B4", "B3")).card.normalisation.bands == ("B4", "B3")
     with pytest.raises(BandError, match="How B1 would be scaled is not known"):
         for_bands(odd, ("B1", "B4"), "mean")
+
+
+@pytest.mark.parametrize("bands", ["B4", "B4,B3", {"B4", "B3"}])
+def test_bands_without_an_order_or_a_list_are_refused(whole: PretrainedEncoder, bands: Any) -> None:
+    with pytest.raises(BandError, match="give a list of names, in the order you feed them"):
+        for_bands(whole, bands)
+
+
+@pytest.mark.parametrize("bands", [("B4",), ("B4", "B1")])
+def test_a_misspelt_rule_for_missing_bands_is_refused_not_taken_for_zeros(
+    nine: PretrainedEncoder, bands: tuple[str, ...]
+) -> None:
+    with pytest.raises(BandError, match="missing='Mean' is not allowed; choose 'error', 'zeros' or 'mean'"):
+        for_bands(nine, bands, "Mean")  # type: ignore[arg-type]
+
+
+def test_an_adapted_encoder_is_not_adapted_again_since_its_other_bands_are_gone(whole: PretrainedEncoder) -> None:
+    adapted = for_bands(whole, S2_RGB)
+    assert for_bands(adapted, S2_RGB) is adapted
+    with pytest.raises(BandError, match=r"adapted before, from B1, .* to B4, B3, B2; load it again"):
+        for_bands(adapted, S2_BANDS, "zeros")
 
 
 @pytest.mark.parametrize("name", ["efficientnet-b0", "tu-repvgg_a0"])

@@ -63,16 +63,13 @@ def test_the_package_exposes_load_encoder_and_a_version(encoder_package: Path) -
     assert cromss_dist.load_encoder(str(encoder_package), bands=list(S2_BANDS)).bands == S2_BANDS
 
 
-def test_a_fetched_encoder_is_kept_in_the_cache_and_checked_again(registered: str, tmp_path: Path) -> None:
+def test_a_fetched_encoder_is_kept_in_the_cache(registered: str, tmp_path: Path) -> None:
     first = load_encoder(f"{NAME}@candidate", tracking_uri=registered, cache=tmp_path / "kept")
     (folder,) = (tmp_path / "kept" / NAME).iterdir()
     assert folder.name.startswith("1-")
     second = load_encoder(f"{NAME}/1", tracking_uri=registered, cache=tmp_path / "kept")
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
-    weights = folder / "encoder.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(PackageError, match=r"encoder.safetensors has sha256"):
-        load_encoder(f"{NAME}/1", tracking_uri=registered, cache=tmp_path / "kept")
+    assert list((tmp_path / "kept" / NAME).iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 64, 64), (13, 64, 64)])
@@ -87,6 +84,7 @@ def test_normalising_is_what_made_the_training_images(encoder_package: Path) -> 
     values[0, 0, 0, 0] = np.nan
     expected = torch.from_numpy(S2_NORMALISATION.to_uint8(values, S2_BANDS)).to(torch.float32) / 255
     got = encoder.normalise(values)
+    assert torch.equal(encoder.normalise(torch.from_numpy(values)), got)
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
     # By hand, B1 (mean 1605.575, std 786.787): the mean lies half-way, at 127.5, which truncates to 127.
