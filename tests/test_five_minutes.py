@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,55 +13,35 @@ import torch
 
 from cromss_dist.cli import main
 from cromss_dist.encoders.golden import package_encoder
-from cromss_dist.models.encoder import build_encoder, stage_channels
-from cromss_dist.schema import BANDS, NORMALISATION, Modality
+from cromss_dist.models.encoder import build_encoder
 from cromss_dist.tracking.package.card import EncoderCard
 from cromss_dist.tracking.package.evidence import Evidence
 from cromss_dist.tracking.registry.registry import Registry
+from tests.conftest import MakeCard
 from tests.tracking.registry.conftest import new_run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "five-minutes.md"
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 MODEL = "land-s2-rgbn"
+RGBN = ("B2", "B3", "B4", "B8")
 
 
-def registered(registry: Registry, folder: Path, name: str, modality: Modality, alias: str, miou: float) -> None:
-    """An encoder of random weights, with figures of its own."""
-    bands = BANDS["s1"] if modality == "s1" else ("B2", "B3", "B4", "B8")
-    encoder = build_encoder("resnet18", 4, len(bands))
-    channels, strides = stage_channels(encoder)
+def registered(registry: Registry, folder: Path, name: str, card: EncoderCard, alias: str, miou: float) -> None:
+    """An encoder of random weights, with a figure of its own."""
     figure = Evidence("dw", "miou", "frozen", miou, miou - 0.01, miou + 0.01, "made up", runs=3, manifest_digest="f" * 64)
-    card = EncoderCard(
-        modality=modality,
-        bands=bands,
-        normalisation=NORMALISATION[modality].select(bands),
-        encoder="resnet18",
-        depth=4,
-        in_channels=len(bands),
-        out_channels=channels,
-        strides=strides,
-        method="cromss",
-        fusion="middle",
-        dataset="noldo-s12",
-        patch_px=256,
-        config_digest="c" * 64,
-        manifest_digest="d" * 64,
-        run_id="a" * 32,
-        git_revision="e" * 40,
-        versions={"torch": torch.__version__},
-        metrics={},
-        licence="Apache-2.0",
-        evidence=(figure,),
-    )
-    package_encoder(folder, encoder, card)
+    package_encoder(folder, build_encoder("resnet18", 4, card.in_channels), replace(card, evidence=(figure,)))
     registry.register(folder, name, new_run(registry.uri), alias=alias)
 
 
-def test_every_block_of_the_page_runs_as_it_is_written(store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_of_the_page_runs_as_it_is_written(
+    store_uri: str, make_card: MakeCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registry = Registry(store_uri)
-    registered(registry, tmp_path / "a", MODEL, "s2", "champion", 0.55)
-    registered(registry, tmp_path / "b", MODEL, "s2", "candidate", 0.61)
-    registered(registry, tmp_path / "c", "land-s1", "s1", "champion", 0.44)
+    s1, s2 = make_card("resnet18", 4, "s1"), make_card("resnet18", 4)
+    rgbn = replace(s2, bands=RGBN, in_channels=4, normalisation=s2.normalisation.select(RGBN))
+    registered(registry, tmp_path / "a", MODEL, rgbn, "champion", 0.55)
+    registered(registry, tmp_path / "b", MODEL, rgbn, "candidate", 0.61)
+    registered(registry, tmp_path / "c", "land-s1", s1, "champion", 0.44)
     monkeypatch.setenv("CROMSS_TRACKING_URI", store_uri)
     monkeypatch.setenv("CROMSS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
