@@ -117,7 +117,7 @@ def _history(options: argparse.Namespace) -> None:
 
     entry, moves = history(Registry(options.tracking_uri), options.ref)
     if options.json:
-        print_json({"version": entry.version, "moves": [dataclasses.asdict(move) for move in moves]})
+        print_json({"version": entry.version if entry else None, "moves": [dataclasses.asdict(move) for move in moves]})
         return
     rows = [
         (
@@ -131,7 +131,8 @@ def _history(options: argparse.Namespace) -> None:
         for move in moves
     ]
     header = ("time (UTC)", "from", "to", "by", "who", "why")
-    print_table(f"{options.ref} means version {entry.version}", header, rows, f"No move of {options.ref} is recorded.")
+    means = f"means version {entry.version}" if entry else "is gone"
+    print_table(f"{options.ref} {means}", header, rows, f"No move of {options.ref} is recorded.")
 
 
 def _retire(options: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ def add_find(verbs: Any, store: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--modality", choices=("s1", "s2"))
-    parser.add_argument("--bands", metavar="B2,B3,...", default="", help="the bands that you have")
+    parser.add_argument("--bands", metavar="B2,B3,...", help="the bands that you have")
     parser.add_argument("--exactly", action="store_true", help="it takes all of --bands and no others")
     parser.add_argument("--missing", type=int, default=0, metavar="N", help="bands it may take beside --bands (default: 0)")
     for name, what in (
@@ -73,7 +73,8 @@ def add_find(verbs: Any, store: argparse.ArgumentParser) -> None:
 
 def plain(entry: "RegisteredEncoder") -> dict[str, Any]:
     """A version as JSON has it."""
-    return {**dataclasses.asdict(entry), "created": entry.created.isoformat(), "verified": entry.verified, "ref": entry.ref}
+    own = {"created": entry.created.isoformat(), "verified": entry.verified, "ref": entry.ref, "facts": entry.facts}
+    return {**dataclasses.asdict(entry), **own}
 
 
 def row(entry: "RegisteredEncoder") -> "Sequence[str]":
@@ -84,8 +85,8 @@ def row(entry: "RegisteredEncoder") -> "Sequence[str]":
         entry.name,
         str(entry.version),
         " ".join(f"@{alias}" for alias in entry.aliases),
-        entry.tags.get("encoder", "?"),
-        entry.tags.get("fusion", "?"),
+        str(entry.facts.get("encoder", "?")),
+        str(entry.facts.get("fusion", "?")),
         " ".join(entry.bands) or "?",
         f"{entry.created:%Y-%m-%d %H:%M}{state}",
     )
@@ -105,8 +106,10 @@ def _find(options: argparse.Namespace) -> None:
     from cromss_dist.tracking.registry.query import Query, find
     from cromss_dist.tracking.registry.registry import Registry
 
+    if options.bands is not None and not options.bands.strip():  # a script's empty variable, say
+        raise ConfigError("--bands is empty; name the bands that you have, or leave the option away to find encoders of any.")
     query = Query(
-        bands=tuple(band for band in options.bands.split(",") if band),
+        bands=() if options.bands is None else tuple(band.strip() for band in options.bands.split(",")),
         at_least=_limits("--min", options.min),
         at_most=_limits("--max", options.max),
         **{

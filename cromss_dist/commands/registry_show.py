@@ -54,7 +54,7 @@ def _show(options: argparse.Namespace) -> None:
     if options.verify:
         from cromss_dist.encoders.load import load_encoder
 
-        registry.examine(entry, load_encoder)
+        registry.stored(entry).examine(load_encoder)
     if options.json:
         print_json({**plain(entry), "card": json.loads(card.to_json())})
         return

@@ -9,14 +9,13 @@ import pytest
 from cromss_dist.cli import main
 from cromss_dist.tracking.package.folder import check_package
 from cromss_dist.tracking.registry.registry import Registry
-from tests.tracking.registry.conftest import NAME, measured, new_run
+from tests.tracking.registry.conftest import NAME, measured
 
 
 @pytest.fixture
-def registered(store_uri: str, encoder_package: Path) -> str:
+def registered(registry: Registry) -> str:
     """The URI of a store with one registered encoder."""
-    Registry(store_uri).register(encoder_package, NAME, new_run(store_uri))
-    return store_uri
+    return registry.uri
 
 
 def test_list_shows_every_encoder(registered: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from cromss_dist.errors import RegistryError, UnknownEncoderError
+from cromss_dist.errors import ConfigError, RegistryError, UnknownEncoderError
 from cromss_dist.tracking.package.evidence import Evidence
 from cromss_dist.tracking.registry.entry import RETIRED_TAG, RegisteredEncoder, check_alias, parse_ref
 from cromss_dist.tracking.registry.history import Move, Reason, earlier_versions, move_alias, read_moves
@@ -26,8 +26,8 @@ def promote(
 ) -> RegisteredEncoder:
     """Moves an alias to a version, after its package was fetched whole and, if asked, its evidence beats the incumbent's.
 
-    MLflow moves an alias without asking what it meant; of two promotions at the same time the later one holds, and the
-    history has both.
+    MLflow moves an alias without asking what it meant. If it moved while the package was being checked, it is not moved
+    again; of two promotions within the same moment the later one holds, and the other is told so.
 
     Args:
         registry: With the version.
@@ -44,25 +44,28 @@ def promote(
         The version with its aliases after the move.
 
     Raises:
-        RegistryError: the version is retired or was never verified, evidence is missing, not comparable or not better, or the
-            alias is not allowed.
+        RegistryError: the version is retired or was never verified, evidence is missing, not comparable or not better, the
+            alias is not allowed, or someone else moved it meanwhile.
+        ConfigError: the margin is no number of 0 or more.
         PackageError: the stored package is not whole.
     """
     check_alias(alias)
+    if not 0 <= margin < float("inf"):
+        raise ConfigError(f"margin={margin} is not allowed; give by how much the candidate must be above, 0 or more.")
     entry = registry.resolve(ref)
     _check_usable(entry)
     incumbent = _now(registry, entry.name, alias)
     if require is not None and (incumbent is None or incumbent.version != entry.version):
         told = check_evidence(entry, incumbent, require, margin, allow_overlap)
         why = f"{why} ({told})" if why else told
-    registry.examine(entry, verify)
-    return _move(registry, entry, alias, "promote", why)
+    registry.stored(entry).examine(verify)
+    return _move(registry, entry, alias, incumbent, "promote", why)
 
 
 def rollback(registry: Registry, ref: str, *, verify: Check | None = None, why: str = "") -> RegisteredEncoder:
     """Moves an alias back to the version it meant before; again, to the one before that.
 
-    Versions that were deleted or retired since are passed over.
+    Versions that were deleted or retired since are passed over. An alias that went with its version is set again.
 
     Args:
         registry: With the alias.
@@ -71,46 +74,56 @@ def rollback(registry: Registry, ref: str, *, verify: Check | None = None, why: 
         why: Noted in the history.
 
     Raises:
-        RegistryError: there is no such alias, or nothing before it.
+        RegistryError: there never was such an alias, nothing before it, or someone else moved it meanwhile.
         PackageError: the package it would go back to is not whole; the alias stays.
     """
     now, moves = history(registry, ref)
     alias = parse_ref(ref)["alias"]
-    earlier = earlier_versions(moves, now.version)
+    earlier = earlier_versions(moves, now.version if now else None)
+    name, means = parse_ref(ref)["name"], f"means {now.ref}" if now else "is gone"
     for version in earlier:
         try:
-            entry = registry.resolve(f"{now.name}/{version}")
+            entry = registry.resolve(f"{name}/{version}")
         except UnknownEncoderError:
             continue
         if entry.retired is None:
-            registry.examine(entry, verify)
-            return _move(registry, entry, alias, "rollback", why)
+            registry.stored(entry).examine(verify)
+            return _move(registry, entry, alias, now, "rollback", why)
     passed = (
         f"versions {', '.join(map(str, earlier))} before it were deleted or retired" if earlier else "it meant nothing before"
     )
     raise RegistryError(
-        f"{ref} means {now.ref} and cannot be rolled back: {passed}. Move it with "
-        f"cromss registry promote {now.name}/<version> {alias}."
+        f"{ref} {means} and cannot be rolled back: {passed}. Move it with cromss registry promote {name}/<version> {alias}."
     )
 
 
-def history(registry: Registry, ref: str) -> tuple[RegisteredEncoder, tuple[Move, ...]]:
-    """The version that an alias means and the moves that led there, oldest first.
+def history(registry: Registry, ref: str) -> tuple[RegisteredEncoder | None, tuple[Move, ...]]:
+    """The version that an alias means, None if it is gone, and the moves that led there, oldest first.
 
     Args:
         registry: With the alias.
         ref: `name@alias`.
 
     Raises:
-        RegistryError: not such a reference, or there is no such alias.
+        RegistryError: not such a reference, or there never was such an alias.
     """
     match = parse_ref(ref)
     if not match["alias"]:
         raise RegistryError(f"{ref!r} has no alias, and only aliases move; write {match['name']}@<alias>.")
-    entry = registry.resolve(ref)
-    with mlflow_errors(f"The history of {ref} cannot be read from {registry.uri}"):
-        tags = registry.client.get_registered_model(entry.name).tags
-    return entry, read_moves(tags, match["alias"], entry.version)
+    entry, gone = None, None
+    try:
+        entry = registry.resolve(ref)
+    except UnknownEncoderError as error:  # MLflow deletes the aliases of a version with it; the records stay
+        gone = error
+    try:
+        with mlflow_errors(f"The history of {ref} cannot be read from {registry.uri}"):
+            tags = registry.client.get_registered_model(match["name"]).tags
+    except RegistryError as error:
+        raise gone or error from None
+    moves = read_moves(tags, match["alias"], entry.version if entry else None)
+    if gone and not moves:
+        raise gone
+    return entry, moves
 
 
 def retire(registry: Registry, ref: str, reason: str) -> RegisteredEncoder:
@@ -215,7 +228,23 @@ def _check_usable(entry: RegisteredEncoder) -> None:
         )
 
 
-def _move(registry: Registry, entry: RegisteredEncoder, alias: str, reason: Reason, why: str) -> RegisteredEncoder:
+def _move(
+    registry: Registry, entry: RegisteredEncoder, alias: str, seen: RegisteredEncoder | None, reason: Reason, why: str
+) -> RegisteredEncoder:
+    """Moves an alias that still means what it did when the move was decided."""
+    now = _now(registry, entry.name, alias)
+    if (now and now.ref) != (seen and seen.ref):
+        raise RegistryError(
+            f"While {entry.ref} was being checked, @{alias} moved from {seen.ref if seen else 'nothing'} to "
+            f"{now.ref if now else 'nothing'}. Look at cromss registry history {entry.name}@{alias} and decide again."
+        )
     with mlflow_errors(f"@{alias} cannot be moved to {entry.ref} in {registry.uri}"):
         move_alias(registry.client, entry.name, alias, entry.version, reason, why)
-    return registry.resolve(entry.ref)
+    moved = registry.resolve(entry.ref)
+    if alias not in moved.aliases:
+        now = _now(registry, entry.name, alias)
+        raise RegistryError(
+            f"@{alias} was moved to {entry.ref} and at the same time, by someone else, to version "
+            f"{now.version if now else 'none'}, which holds. Look at cromss registry history {entry.name}@{alias}."
+        )
+    return moved

@@ -1,9 +1,11 @@
 """Fetched packages, kept on this machine, and what their references meant when the store was last asked.
 
 `<cache>/<name>/<version>-<card digest>/` is a package; `<cache>/seen/<store>/<reference>.json` says which one a
-reference meant, and when. Without the network the latter stands in for the store; packages are checked whole each time.
+reference meant, and when. Without the network the latter stands in for the store. Packages are checked whole each time;
+one that was damaged is fetched again while the store can be reached.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,10 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cromss_dist.errors import OutputExistsError, PackageError, RegistryError, UnknownEncoderError
+from cromss_dist.errors import OutputExistsError, PackageError, RegistryError, StorageError, UnknownEncoderError
 from cromss_dist.tracking.package.folder import FILES, place
-from cromss_dist.tracking.registry.entry import parse_ref
-from cromss_dist.tracking.registry.registry import Registry, check_same
+from cromss_dist.tracking.registry.entry import RegisteredEncoder, parse_ref
+from cromss_dist.tracking.registry.registry import Registry
+from cromss_dist.tracking.registry.stored import check_same
 from cromss_dist.tracking.store import tracking_uri
 
 _log = logging.getLogger(__name__)
@@ -65,7 +68,8 @@ def cached_package(
         UnknownEncoderError: the store has no such model, version or alias.
         RegistryError: the store cannot be reached (the message names what the cache has), or the cache has never seen the
             reference.
-        PackageError: the package is not whole, in the store or in the cache.
+        PackageError: the package is not whole in the store; or, offline, in the cache.
+        StorageError: the cache cannot be written.
     """
     return Cache(tracking_uri, cache).get(ref, offline or offline_by_environment())
 
@@ -80,7 +84,10 @@ class Cache:
 
     def __init__(self, uri: str | None = None, root: str | Path | None = None) -> None:
         self.uri = tracking_uri(uri)
-        self.root = Path(root or os.environ.get("CROMSS_CACHE") or Path.home() / ".cache" / "cromss").expanduser()
+        try:
+            self.root = Path(root or os.environ.get("CROMSS_CACHE") or "~/.cache/cromss").expanduser().absolute()
+        except RuntimeError as error:  # a container's user may have no home
+            raise StorageError(f"No place for fetched packages: {error}. Name a folder in CROMSS_CACHE.") from error
         # Hashed: a reference means something else in another store, and an address is nobody's to find here.
         self._seen = self.root / "seen" / hashlib.sha256(self.uri.encode()).hexdigest()[:_DIGEST_CHARS]
 
@@ -132,12 +139,37 @@ class Cache:
                 f"{error} The cache {self.root} has it as {kept.ref}, {kept.age} old; take that with --offline, offline=True "
                 "or CROMSS_OFFLINE=1."
             ) from error
-        folder = registry.pull(entry.ref, self._folder(entry.name, entry.version, entry.card_sha256))
+        try:
+            folder = self._whole(registry, entry)
+        except OSError as error:
+            raise StorageError(
+                f"{entry.ref} cannot be kept in the cache {self.root}: {error}. Name another folder in CROMSS_CACHE."
+            ) from error
         now = time.time()
-        record = {"ref": ref, "name": entry.name, "version": entry.version, "card_sha256": entry.card_sha256, "time": now}
-        for known_as in dict.fromkeys((ref, entry.ref)):
-            self._remember(known_as, record)
+        record = {"name": entry.name, "version": entry.version, "card_sha256": entry.card_sha256, "time": now}
+        try:
+            for known_as in dict.fromkeys((ref, entry.ref)):
+                self._remember(known_as, record)
+        except OSError as error:  # a cache that others fill
+            _log.warning("what %s means cannot be noted for use without network: %s", ref, error)
         return CachedPackage(entry.ref, folder, datetime.fromtimestamp(now, UTC), offline=False)
+
+    def _whole(self, registry: Registry, entry: RegisteredEncoder) -> Path:
+        """The kept package of a version, fetched if it is missing and again if it was damaged."""
+        folder = self._folder(entry.name, entry.version, entry.card_sha256)
+        try:
+            return registry.pull(entry.ref, folder)
+        except (PackageError, OutputExistsError) as damage:
+            if not os.path.lexists(folder):  # it is the store's that is not whole
+                raise
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+                fresh = registry.pull(entry.ref, Path(scratch) / "fresh")  # first, so that nothing is lost if this fails
+                with contextlib.suppress(FileNotFoundError):  # of two processes that mend it, one finds it moved away
+                    os.rename(folder, Path(scratch) / "damaged")
+                with contextlib.suppress(OutputExistsError):
+                    place(fresh, folder)
+            _log.warning("fetched %s again: %s", entry.ref, damage)
+            return check_same(folder, entry.ref, entry.card_sha256)
 
     def _kept(self, ref: str) -> CachedPackage:
         record = self._record(ref)
@@ -149,7 +181,7 @@ class Cache:
                 "store can be reached."
             )
         check_same(folder, known_as, record["card_sha256"])
-        return CachedPackage(known_as, folder, datetime.fromtimestamp(record["time"], UTC), offline=True)
+        return CachedPackage(known_as, folder, record["time"], offline=True)
 
     def _record(self, ref: str) -> dict[str, Any]:
         path = self._file(ref)
@@ -157,24 +189,26 @@ class Cache:
             record = json.loads(path.read_text())
             if parse_ref(ref)["name"] != record["name"] or type(record["version"]) is not int:
                 raise ValueError("it is of another model")
-            return {**record, "time": float(record["time"]), "card_sha256": str(record["card_sha256"])}
+            seen = datetime.fromtimestamp(float(record["time"]), UTC)
+            return {**record, "time": seen, "card_sha256": str(record["card_sha256"])}
         except FileNotFoundError:
             raise RegistryError(
                 f"Offline: {ref} of {self.uri} was never fetched to {self.root}. Run cromss registry pull {ref} while the store "
                 "can be reached, or give the cache that has it in CROMSS_CACHE."
             ) from None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError, OSError) as error:
             raise RegistryError(
-                f"Offline: {path} is damaged ({error}). Pull {ref} again while the store can be reached."
+                f"Offline: {path} is damaged ({error!r}). Pull {ref} again while the store can be reached."
             ) from error
 
     def _remember(self, ref: str, record: Mapping[str, Any]) -> None:
         """Written whole or not at all, one file a reference: many processes may fetch at once."""
         path = self._file(ref)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as draft:
-            json.dump(record, draft)
-        os.replace(draft.name, path)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as scratch:
+            draft = Path(scratch) / path.name
+            draft.write_text(json.dumps(record))
+            os.replace(draft, path)
 
     def _file(self, ref: str) -> Path:
         match = parse_ref(ref)

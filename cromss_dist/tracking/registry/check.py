@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from cromss_dist.errors import PackageError, RegistryError
 from cromss_dist.tracking.package.folder import FILES
 from cromss_dist.tracking.registry.entry import RegisteredEncoder
-from cromss_dist.tracking.registry.history import read_moves
+from cromss_dist.tracking.registry.history import Move, moved_aliases, read_moves
 from cromss_dist.tracking.registry.registry import Registry
 from cromss_dist.tracking.store import mlflow_errors
 
@@ -24,8 +24,9 @@ class Finding:
     Args:
         ref: Of the version, or of the alias.
         problem: Kind: 'half' (a registering that was cut), 'deleted run' (`mlflow gc` will take the files), 'files' (missing or
-            changed), 'alias' (means a version that is half, retired or gone), 'history' (a move was recorded and not made, or
-            its alias deleted), 'twice' (the same package is another version, too), 'foreign' (not registered by cromss).
+            changed), 'alias' (means a version that is half, retired or gone), 'history' (the alias is not where the last recorded
+            move took it: that was cut, or the alias moved or deleted by hand), 'twice' (the same package is another version,
+            too), 'foreign' (not registered by cromss, in a model that has versions which were).
         told: What is wrong, and what to do.
     """
 
@@ -37,7 +38,7 @@ class Finding:
 def check(
     registry: Registry, *, deep: bool = False, progress: Callable[[int, int], object] = lambda done, total: None
 ) -> tuple[Finding, ...]:
-    """Everything wrong in a registry; nothing is changed.
+    """Everything wrong in a registry; nothing is changed. Models that are all others' are left out: a server may have many.
 
     Args:
         registry: To check.
@@ -47,7 +48,9 @@ def check(
     Raises:
         RegistryError: the store cannot be reached.
     """
-    entries = registry.list()
+    every = registry.list()
+    ours = {entry.name for entry in every if entry.card_sha256}
+    entries = [entry for entry in every if entry.name in ours]
     found: list[Finding] = []
     for done, entry in enumerate(entries):
         progress(done, len(entries))
@@ -86,13 +89,13 @@ def _of_version(registry: Registry, entry: RegisteredEncoder, deep: bool) -> Ite
         yield Finding(entry.ref, "half", "its registering was cut or is going on; register it again, or use --remove-half")
         return
     try:
-        run = registry.run_of(entry)
-        if run.info.lifecycle_stage != "active":
+        stored = registry.stored(entry)
+        if stored.run.info.lifecycle_stage != "active":
             told = f"`mlflow gc` will take its files: mlflow runs restore --run-id {entry.run_id}"
             yield Finding(entry.ref, "deleted run", f"its run was deleted, and {told}")
         if deep:
-            registry.examine(entry)
-        elif (listed := registry.listed_files(entry, run)) != FILES:
+            stored.examine()
+        elif (listed := stored.listed()) != FILES:
             missing, unknown = sorted(FILES - listed), sorted(listed - FILES)
             yield Finding(entry.ref, "files", f"missing files {missing}, unknown files {unknown}; register the encoder again")
     except (PackageError, RegistryError) as error:
@@ -112,22 +115,33 @@ def _twice(entries: Sequence[RegisteredEncoder]) -> Iterator[Finding]:
 
 def _of_aliases(registry: Registry, entries: Sequence[RegisteredEncoder]) -> Iterator[Finding]:
     versions = {(entry.name, entry.version): entry for entry in entries}
-    for name in sorted({entry.name for entry in entries}):
-        with mlflow_errors(f"Model {name} cannot be read from {registry.uri}"):
-            model = registry.client.get_registered_model(name)
+    for model in registry.models():
+        moved = moved_aliases(model.tags)
+        if not moved and not any(name == model.name for name, _ in versions):
+            continue
         aliases = {alias: int(version) for alias, version in model.aliases.items()}
-        for alias, version in aliases.items():
-            entry = versions.get((name, version))
+        for alias, version in sorted(aliases.items()):
+            entry = versions.get((model.name, version))
             if entry is None or not entry.verified or entry.retired is not None:
                 state = "is gone" if entry is None else "is retired" if entry.verified else "was never verified"
                 told = f"it means version {version}, which {state}; use cromss registry rollback or promote"
-                yield Finding(f"{name}@{alias}", "alias", told)
-        recorded = {key.split("/")[1] for key in model.tags if key.startswith("history/") and key.count("/") == 2}
-        for alias in sorted(recorded):
-            moves = read_moves(model.tags, alias, aliases.get(alias))
-            if moves and not moves[-1].took_place:
-                told = f"a move to version {moves[-1].to} by {moves[-1].who} was recorded and not made, or taken back by hand"
-                yield Finding(f"{name}@{alias}", "history", told)
+                yield Finding(f"{model.name}@{alias}", "alias", told)
+        for alias in sorted({*moved, *aliases}):
+            strayed = _strayed(read_moves(model.tags, alias, aliases.get(alias)), aliases.get(alias))
+            if strayed is not None:
+                yield Finding(f"{model.name}@{alias}", "history", strayed)
+
+
+def _strayed(moves: Sequence[Move], now: int | None) -> str | None:
+    """How an alias came to be elsewhere than the last recorded move took it; None if it is there."""
+    last = moves[-1] if moves else None
+    if last and not last.took_place:
+        return f"a move to version {last.to} by {last.who} was recorded and not made, or taken back by hand; promote it again"
+    if (last.to if last else None) == now:
+        return None
+    if now is None:
+        return f"it is gone, and last meant version {last.to if last else '?'}; cromss registry rollback sets it again"
+    return f"it was moved to version {now} by hand, unchecked and unrecorded; promote that version, or roll back"
 
 
 def _age_s(entry: RegisteredEncoder) -> float:

@@ -5,7 +5,8 @@ import math
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from cromss_dist.errors import PackageError, RegistryError
 from cromss_dist.tracking.package.card import EncoderCard
@@ -14,13 +15,13 @@ from cromss_dist.tracking.package.evidence import Evidence
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
+FACTS_TAG = "card"  # all facts in one tag: MLflow reads every row of tags of every version that it lists
 CARD_TAG = "card_sha256"  # what a version's package must hash to; set when it is registered
 VERIFIED_TAG = "verified"
 RETIRED_TAG = "retired"
-METRICS_TAG = "metrics"  # all in one tag: a search over thousands of versions reads every row of tags
 EVIDENCE_TAGS = "evidence/"
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-ALIAS = r"[A-Za-z0-9_-]+"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # both are part of file names in the cache and of keys of tags
+ALIAS = r"[A-Za-z0-9_-]{1,64}"
 _REF = re.compile(rf"(?:models:/)?(?P<name>{NAME})(?:@(?P<alias>{ALIAS})|[/:](?P<version>[0-9]{{1,9}}))?")
 
 
@@ -35,7 +36,7 @@ class RegisteredEncoder:
         run_id: MLflow's id of the run that it belongs to; empty for versions of others.
         source: Where the store has its package.
         created: When it was registered, UTC.
-        tags: What is known of it; `card_tags` says which.
+        tags: What is known of it, and what anyone wrote.
     """
 
     name: str
@@ -79,20 +80,27 @@ class RegisteredEncoder:
         """Why it is not to be used any more; None while it is in use."""
         return self.tags.get(RETIRED_TAG)
 
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What `card_facts` noted; empty for versions of others. Tags are anyone's to write: what is no JSON object is none."""
+        try:
+            content = json.loads(self.tags.get(FACTS_TAG, "{}"))
+        except (ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
     @property
     def bands(self) -> tuple[str, ...]:
         """The bands that it takes, in order."""
-        return tuple(band for band in self.tags.get("bands", "").split(",") if band)
+        bands = self.facts.get("bands")
+        return tuple(bands) if isinstance(bands, list) and all(isinstance(band, str) for band in bands) else ()
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The card's metrics. Tags are anyone's to write: what is no finite number is left out."""
-        try:
-            content = json.loads(self.tags.get(METRICS_TAG, "{}"))
-        except ValueError:
-            return {}
+        """The card's metrics; what is no finite number is left out."""
+        content = self.facts.get("metrics")
         figures = content.items() if isinstance(content, dict) else ()
-        return {key: float(value) for key, value in figures if type(value) in (int, float) and math.isfinite(value)}
+        return {key: float(value) for key, value in figures if _is_figure(value)}
 
     @property
     def evidence(self) -> dict[str, Evidence]:
@@ -109,21 +117,25 @@ class RegisteredEncoder:
         return found
 
 
-def card_tags(card: EncoderCard) -> dict[str, str]:
-    """What of a card a search goes by, so that it needs no package: text, metrics as JSON, evidence a tag each."""
+def card_facts(card: EncoderCard) -> str:
+    """What of a card a search goes by and a list shows, so that they need no package; JSON. What is not known is left out."""
     facts = {
         "modality": card.modality,
-        "bands": ",".join(card.bands),
+        "bands": card.bands,
         "encoder": card.encoder,
-        "depth": str(card.depth),
+        "depth": card.depth,
         "fusion": card.fusion,
         "method": card.method,
         "dataset": card.dataset,
         "licence": card.licence,
-        METRICS_TAG: json.dumps(card.metrics, sort_keys=True),
+        "metrics": card.metrics,
     }
-    facts = {key: value for key, value in facts.items() if value}  # what an import does not know
-    return facts | {f"{EVIDENCE_TAGS}{measured.key}": measured.to_json() for measured in card.evidence}
+    return json.dumps({key: value for key, value in facts.items() if value}, sort_keys=True)
+
+
+def holds_fact(key: str, value: str) -> str:
+    """What `card_facts` has somewhere in it where a fact has a value."""
+    return f"{json.dumps(key)}: {json.dumps(value)}"
 
 
 def parse_ref(ref: str) -> re.Match[str]:
@@ -140,11 +152,21 @@ def check_name(name: str) -> None:
     """Raises RegistryError if a model cannot be referred to by this name."""
     if not re.fullmatch(NAME, name):
         raise RegistryError(
-            f"Model name {name!r} is not allowed; use letters, digits, '.', '_' and '-', starting with a letter or digit."
+            f"Model name {name!r} is not allowed; use letters, digits, '.', '_' and '-', starting with a letter or digit, "
+            "at most 128."
         )
 
 
 def check_alias(alias: str) -> None:
     """Raises RegistryError if this cannot be an alias; MLflow keeps 'latest' and 'v<number>' for itself."""
     if not re.fullmatch(ALIAS, alias) or alias.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", alias):
-        raise RegistryError(f"Alias {alias!r} is not allowed; use letters, digits, '_' and '-', but not 'latest' or 'v<number>'.")
+        raise RegistryError(
+            f"Alias {alias!r} is not allowed; use letters, digits, '_' and '-', at most 64, but not 'latest' or 'v<number>'."
+        )
+
+
+def _is_figure(value: object) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer above all floats
+        return False

@@ -14,12 +14,15 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
+from cromss_dist.errors import RegistryError
 from cromss_dist.failpoint import failpoint
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _TAGS = "history"
+_MAX_CHARS = 5000  # of a model's tag in PostgreSQL
+_YEAR_9999_US = 253_370_764_800 * 10**6
 Reason: TypeAlias = Literal["register", "promote", "rollback"]
 
 
@@ -76,23 +79,33 @@ def _read(tags: Mapping[str, str], alias: str) -> Iterable[Move]:
             continue
         try:
             record = json.loads(text)
-            start, reason = record["from"], record["reason"]
-            if reason in get_args(Reason):
+            start, reason, time_us = record["from"], record["reason"], int(key.removeprefix(prefix))
+            if reason in get_args(Reason) and 0 <= time_us < _YEAR_9999_US:
                 yield Move(
                     alias,
                     None if start is None else int(start),
                     int(record["to"]),
-                    int(key.removeprefix(prefix)),
+                    time_us,
                     str(record["who"]),
                     cast(Reason, reason),
                     str(record["why"]),
                 )
-        except (ValueError, TypeError, KeyError):  # anyone can write tags
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # anyone can write tags
             continue
 
 
-def earlier_versions(moves: Sequence[Move], now: int) -> list[int]:
-    """The versions to roll back to, nearest first: what the alias meant before, without what was rolled back from."""
+def moved_aliases(tags: Mapping[str, str]) -> list[str]:
+    """The aliases that a model's tags have records of, sorted."""
+    return sorted({key.split("/")[1] for key in tags if key.startswith(f"{_TAGS}/") and key.count("/") == 2})
+
+
+def earlier_versions(moves: Sequence[Move], now: int | None) -> list[int]:
+    """The versions to roll back to, nearest first: what the alias meant before, without what was rolled back from.
+
+    Args:
+        moves: Of the alias.
+        now: What it means; None if it is gone, as it is when its version was deleted.
+    """
     past: list[int] = []
     for move in moves:
         if not move.took_place:
@@ -117,12 +130,15 @@ def move_alias(client: "MlflowClient", name: str, alias: str, to: int, reason: R
 
     Returns:
         Whether the alias moved.
+
+    Raises:
+        RegistryError: `why` is too long.
     """
     model = client.get_registered_model(name)
     aliases = {key: int(version) for key, version in model.aliases.items()}
     now = aliases.get(alias)
     moves = read_moves(model.tags, alias, now)
-    if now == to:
+    if now == to and (reason == "register" or (moves and moves[-1].to == to)):  # else it was moved by hand, and this is noted
         return False
     if reason == "register" and any(move.to == to for move in moves):
         if moves[-1].to != to or moves[-1].took_place:
@@ -131,7 +147,12 @@ def move_alias(client: "MlflowClient", name: str, alias: str, to: int, reason: R
         # Clocks of two machines may differ; the order of the records must not.
         time_us = max([time.time_ns() // 1000, *(move.time_us + 1 for move in moves)])
         record = {"from": now, "to": to, "who": _who(), "reason": reason, "why": why}
-        client.set_registered_model_tag(name, f"{_TAGS}/{alias}/{time_us}", json.dumps(record))
+        text = json.dumps(record, ensure_ascii=False)
+        if len(text) > _MAX_CHARS:
+            raise RegistryError(
+                f"The reason has {len(why)} characters; at most about {_MAX_CHARS - 500} can be noted. Shorten it."
+            )
+        client.set_registered_model_tag(name, f"{_TAGS}/{alias}/{time_us}", text)
         failpoint("registry.recorded")
     client.set_registered_model_alias(name, alias, str(to))
     return True

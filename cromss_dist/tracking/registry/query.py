@@ -5,18 +5,20 @@ and folds case on some databases.
 """
 
 import fnmatch
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cromss_dist.errors import BandError, ConfigError
+from cromss_dist.errors import BandError, ConfigError, RegistryError
 from cromss_dist.schema import BANDS, Modality, check_bands
 from cromss_dist.tracking.registry.aliases import matching_evidence
-from cromss_dist.tracking.registry.entry import RegisteredEncoder
+from cromss_dist.tracking.registry.entry import FACTS_TAG, VERIFIED_TAG, RegisteredEncoder, holds_fact
 from cromss_dist.tracking.registry.registry import Registry
 
 _FACTS = ("modality", "encoder", "fusion", "method", "licence", "dataset")
-_PLAIN = re.compile(r"[A-Za-z0-9 ._+/:@-]+")  # what MLflow's filter takes without a question of quoting
+_PLAIN = re.compile(r"[A-Za-z0-9 ._+/:@-]+")  # what MLflow's filter and LIKE take without a question of quoting
+_LIKE = str.maketrans("*?", "%_")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Query:
 
     Raises:
         BandError: a band is unknown, or of another modality.
-        ConfigError: a number of bands or results below 0.
+        ConfigError: a number of bands or results below 0, or a limit that is NaN.
     """
 
     modality: Modality | None = None
@@ -73,6 +75,9 @@ class Query:
     def __post_init__(self) -> None:
         if min(self.missing, self.limit) < 0:
             raise ConfigError(f"missing={self.missing} and limit={self.limit} are counts; give 0 or more.")
+        for key, limit in (*self.at_least.items(), *self.at_most.items()):
+            if math.isnan(limit):
+                raise ConfigError(f"{key}={limit} is no limit; give a number.")
         if (self.exactly or self.missing) and not self.bands:
             raise ConfigError("exactly and missing say how bands are compared; give bands, too.")
         if self.bands:
@@ -102,9 +107,11 @@ def find(registry: Registry, query: Query) -> tuple[Found, ...]:
     """The versions that a query fits, sorted as it says.
 
     Raises:
-        RegistryError: the store cannot be reached.
+        RegistryError: the store cannot be reached, or a key is no figure of any version that fits otherwise.
     """
-    fitting = [Found(entry, _figures(entry, query)) for entry in registry.list(narrowed(query)) if fits(entry, query)]
+    candidates = [entry for entry in registry.list(narrowed(query)) if fits(entry, query)]
+    _check_keys(candidates, query)
+    fitting = [Found(entry, _figures(entry, query)) for entry in candidates if reaches(entry, query)]
     if query.sort == "created":
         fitting.sort(key=lambda found: found.entry.created, reverse=not query.ascending)
     elif query.sort:
@@ -114,29 +121,35 @@ def find(registry: Registry, query: Query) -> tuple[Found, ...]:
 
 
 def narrowed(query: Query) -> str:
-    """MLflow's filter string for what it can tell; values that would need quoting are left to `fits`."""
-    clauses = [] if query.unverified else ["tags.`verified` = 'true'"]
+    """MLflow's filter string for what it can tell; values that would need quoting are left to `fits`.
+
+    LIKE finds more than is meant ('_' stands for any character, SQLite folds case), never less.
+    """
+    clauses = [] if query.unverified else [f"tags.`{VERIFIED_TAG}` = 'true'"]
     for fact in _FACTS:
         value = getattr(query, fact)
         if value and _PLAIN.fullmatch(value):
-            clauses.append(f"tags.`{fact}` = '{value}'")
-    if query.name and _PLAIN.fullmatch(query.name):  # without wildcards
-        clauses.append(f"name = '{query.name}'")
+            clauses.append(f"tags.`{FACTS_TAG}` LIKE '%{holds_fact(fact, value)}%'")
+    if query.name and _PLAIN.fullmatch(query.name.translate(str.maketrans("*?", ".."))):
+        clauses.append(f"name LIKE '{query.name.translate(_LIKE)}'")
     return " AND ".join(clauses)
 
 
 def fits(entry: RegisteredEncoder, query: Query) -> bool:
-    """Whether a version is what a query asks for."""
+    """Whether a version is what a query asks for, figures aside."""
     if (entry.retired is not None and not query.retired) or (not entry.verified and not query.unverified):
         return False
-    if any(getattr(query, fact) not in (None, entry.tags.get(fact)) for fact in _FACTS):
+    if any(getattr(query, fact) not in (None, entry.facts.get(fact)) for fact in _FACTS):
         return False
     if query.name is not None and not fnmatch.fnmatchcase(entry.name, query.name):
         return False
     if query.alias is not None and query.alias not in entry.aliases:
         return False
-    if query.bands and not _bands_fit(entry.bands, query):
-        return False
+    return not query.bands or _bands_fit(entry.bands, query)
+
+
+def reaches(entry: RegisteredEncoder, query: Query) -> bool:
+    """Whether a version has the figures that a query asks for; one that is not known is not enough."""
     reached = all(any(v >= limit for v in values(entry, key)) for key, limit in query.at_least.items())
     return reached and all(any(v <= limit for v in values(entry, key)) for key, limit in query.at_most.items())
 
@@ -155,3 +168,14 @@ def _bands_fit(taken: Sequence[str], query: Query) -> bool:
 def _figures(entry: RegisteredEncoder, query: Query) -> dict[str, float]:
     best = min if query.ascending else max
     return {key: best(found) for key in query.keys if (found := values(entry, key))}
+
+
+def _check_keys(candidates: Sequence[RegisteredEncoder], query: Query) -> None:
+    """A mistyped key would otherwise sort nothing, or find nothing, without a word."""
+    for key in query.keys if candidates else ():
+        if not any(values(entry, key) for entry in candidates):
+            known = sorted({key for entry in candidates for key in (*entry.evidence, *entry.metrics)})
+            raise RegistryError(
+                f"{key!r} is no figure of any of the {len(candidates)} versions that fit otherwise; they have "
+                f"{', '.join(known) or 'none'}. Add it with cromss registry evidence, or ask for another."
+            )

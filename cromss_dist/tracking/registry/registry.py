@@ -1,7 +1,6 @@
 """The registry of encoders: named models, numbered versions, movable aliases, on MLflow's model registry.
 
-A version is an encoder package among the artifacts of the run that trained it. Files are fetched one by one under
-their allowed names and checked by hash; MLflow's own model loading, which can execute code, is never used.
+A version is an encoder package among the artifacts of the run that trained it; `stored` fetches and checks it.
 """
 
 import builtins
@@ -13,30 +12,30 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cromss_dist.errors import OutputExistsError, PackageError, RegistryError, UnknownEncoderError
+from cromss_dist.errors import OutputExistsError, PackageError, UnknownEncoderError
 from cromss_dist.failpoint import failpoint
-from cromss_dist.tracking.package.card import CARD_FILE, EncoderCard
+from cromss_dist.tracking.package.card import EncoderCard
 from cromss_dist.tracking.package.evidence import Evidence
-from cromss_dist.tracking.package.folder import FILES, card_sha256, check_package, place
+from cromss_dist.tracking.package.folder import card_sha256, check_package, place
 from cromss_dist.tracking.registry.entry import (
     CARD_TAG,
     EVIDENCE_TAGS,
-    NAME,
+    FACTS_TAG,
     VERIFIED_TAG,
     RegisteredEncoder,
-    card_tags,
+    card_facts,
     check_alias,
     check_name,
     parse_ref,
 )
 from cromss_dist.tracking.registry.history import move_alias
+from cromss_dist.tracking.registry.stored import ARTIFACT_FOLDER, Stored, check_same
 from cromss_dist.tracking.store import connect, mlflow_errors, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities.model_registry import RegisteredModel
 
-_ARTIFACT_FOLDER = "encoders"
 _MAX_NAMED = 12  # models, versions or aliases that an error lists
 
 
@@ -79,7 +78,7 @@ class Registry:
         check_alias(alias)
         card = check_package(folder)
         digest = card_sha256(card)
-        path = f"{_ARTIFACT_FOLDER}/{name}-{digest[:16]}"  # a package of other content never overwrites it
+        path = f"{ARTIFACT_FOLDER}/{name}-{digest[:16]}"  # a package of other content never overwrites it
         with mlflow_errors(f"{name!r} cannot be registered in {self.uri}"):
             root = self.client.get_run(run_id).info.artifact_uri
             entry = self._registered(name, run_id, digest)
@@ -88,7 +87,7 @@ class Registry:
                 failpoint("registry.stored")
             if entry is None:
                 self._create_model(name)
-                every_tag = {**(tags or {}), **card_tags(card), CARD_TAG: digest}
+                every_tag = {**(tags or {}), **_tags(card), CARD_TAG: digest}
                 created = self.client.create_model_version(
                     name, f"{root}/{path}", run_id=run_id, tags=every_tag, await_creation_for=0
                 )
@@ -96,8 +95,8 @@ class Registry:
                 failpoint("registry.created")
             if not entry.verified:
                 try:
-                    self.examine(entry)
-                except BaseException:
+                    self.stored(entry).examine()
+                except PackageError:  # whatever else cuts it, the next attempt goes on with this version
                     self.client.delete_model_version(name, str(entry.version))
                     raise
                 failpoint("registry.examined")
@@ -113,7 +112,7 @@ class Registry:
             narrowed: MLflow's filter string for versions.
         """
         with mlflow_errors(f"The registry in {self.uri} cannot be read"):
-            aliases = {m.name: m.aliases for m in _pages(self.client.search_registered_models)}
+            aliases = {model.name: model.aliases for model in self.models()}
             versions = _pages(self.client.search_model_versions, narrowed)
         entries = (
             RegisteredEncoder.of(
@@ -122,6 +121,11 @@ class Registry:
             for v in versions
         )
         return tuple(sorted(entries, key=lambda entry: (entry.name, -entry.version)))
+
+    def models(self) -> "builtins.list[RegisteredModel]":
+        """Every model, as MLflow has it: its aliases, and tags with their history."""
+        with mlflow_errors(f"The registry in {self.uri} cannot be read"):
+            return _pages(self.client.search_registered_models)
 
     def resolve(self, ref: str) -> RegisteredEncoder:
         """The version a reference means: one look-up, however many versions there are.
@@ -148,6 +152,10 @@ class Registry:
                     raise
             raise self._unknown(match)
 
+    def stored(self, entry: RegisteredEncoder) -> Stored:
+        """What the store holds for a version."""
+        return Stored(self.client, self.uri, entry)
+
     def card(self, ref: str) -> tuple[RegisteredEncoder, EncoderCard]:
         """A version and its card: that one file is fetched, and is the one that was registered.
 
@@ -156,37 +164,7 @@ class Registry:
             PackageError: the store holds no card or another one.
         """
         entry = self.resolve(ref)
-        with tempfile.TemporaryDirectory() as scratch:
-            path = f"{self._artifact_path(entry)}/{CARD_FILE}"
-            try:
-                with mlflow_errors(f"{entry.ref} in {self.uri}"):
-                    text = Path(self.client.download_artifacts(entry.run_id, path, scratch)).read_text(errors="replace")
-            except (RegistryError, OSError) as error:  # MLflow's words for a missing file differ from store to store
-                raise PackageError(
-                    f"{entry.ref} in {self.uri}: {CARD_FILE} cannot be fetched ({error}). If `mlflow gc` deleted it, register "
-                    "the encoder again."
-                ) from error
-        card = EncoderCard.from_json(text)
-        _check_digest(entry, card, self.uri)
-        return entry, card
-
-    def examine(self, entry: RegisteredEncoder, also: Callable[[Path], object] | None = None) -> EncoderCard:
-        """Fetches a version's whole package, checks every hash, and forgets it.
-
-        Args:
-            entry: The version.
-            also: A further check of the package's folder, which raises what is wrong.
-
-        Raises:
-            PackageError: the stored package is not whole.
-        """
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "package"
-            folder.mkdir()
-            card = self._fetch(entry, folder)
-            if also is not None:
-                also(folder)
-            return card
+        return entry, self.stored(entry).card()
 
     def pull(self, ref: str, destination: Path) -> Path:
         """Fetches a version's package and checks every hash; `destination` appears whole or not at all.
@@ -206,7 +184,7 @@ class Registry:
         with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
             draft = Path(scratch) / destination.name
             draft.mkdir()
-            self._fetch(entry, draft)
+            self.stored(entry).fetch(draft)
             try:
                 place(draft, destination)
             except OutputExistsError:  # another process pulled at the same time
@@ -225,71 +203,6 @@ class Registry:
             self.client.set_model_version_tag(entry.name, str(entry.version), tag, measured.to_json())
         return self.resolve(entry.ref)
 
-    def run_of(self, entry: RegisteredEncoder) -> "Run":
-        """The run that a version belongs to, which may have been deleted and not yet be gone.
-
-        Raises:
-            PackageError: it is gone.
-            RegistryError: the version belongs to none.
-        """
-        if not entry.run_id:
-            raise RegistryError(f"{entry.ref} belongs to no run; it was not registered by cromss. Use another version.")
-        try:
-            with mlflow_errors(entry.run_id):
-                return self.client.get_run(entry.run_id)
-        except RegistryError as error:
-            raise PackageError(
-                f"{entry.ref}: its run is gone from {self.uri} ({error}). `mlflow gc` deletes a run and its files although "
-                "registered versions still point to them; register the encoder again."
-            ) from error
-
-    def listed_files(self, entry: RegisteredEncoder, run: "Run | None" = None) -> set[str]:
-        """Names of the files that the store has for a version; none if `mlflow gc` deleted them.
-
-        Args:
-            entry: The version.
-            run: Its run, if that is at hand.
-
-        Raises:
-            PackageError: its run is gone.
-            RegistryError: its files lie outside its run, or the store cannot be reached.
-        """
-        path = self._artifact_path(entry, run)
-        with mlflow_errors(f"The files of {entry.ref} cannot be listed in {self.uri}"):
-            return {Path(file.path).name for file in self.client.list_artifacts(entry.run_id, path)}
-
-    def _fetch(self, entry: RegisteredEncoder, folder: Path) -> EncoderCard:
-        """Downloads the package of `entry` to the existing, empty `folder` and checks it."""
-        run = self.run_of(entry)
-        path, listed = self._artifact_path(entry, run), self.listed_files(entry, run)
-        if listed and listed != FILES:
-            raise PackageError(
-                f"{entry.ref} has files {sorted(listed)}; a package has exactly {', '.join(sorted(FILES))}. "
-                "Do not use it; register the encoder again."
-            )
-        with (
-            mlflow_errors(f"The files of {entry.ref} cannot be fetched from {self.uri}"),
-            tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
-        ):
-            for name in sorted(listed):
-                Path(self.client.download_artifacts(entry.run_id, f"{path}/{name}", scratch)).rename(folder / name)
-        try:
-            card = check_package(folder)
-        except PackageError as error:
-            raise PackageError(f"{entry.ref} in {self.uri}: {error}") from None
-        _check_digest(entry, card, self.uri)
-        return card
-
-    def _artifact_path(self, entry: RegisteredEncoder, run: "Run | None" = None) -> str:
-        """Where the package lies within the run; sources elsewhere (a database takes any) are refused."""
-        root = f"{(run or self.run_of(entry)).info.artifact_uri}/"
-        path = entry.source.removeprefix(root)
-        if not entry.source.startswith(root) or not re.fullmatch(rf"{_ARTIFACT_FOLDER}/{NAME}", path):
-            raise RegistryError(
-                f"{entry.ref} has its files at {entry.source}, outside its run; it was not registered by cromss. Do not use it."
-            )
-        return path
-
     def _registered(self, name: str, run_id: str, digest: str) -> RegisteredEncoder | None:
         """The version that this package has already, of two the older."""
         narrowed = f"name = '{name}' AND run_id = '{run_id}' AND tags.`{CARD_TAG}` = '{digest}'"
@@ -307,15 +220,16 @@ class Registry:
 
     def _unknown(self, match: re.Match[str]) -> UnknownEncoderError:
         name, alias, version = match["name"], match["alias"], match["version"]
-        models = {model.name: model.aliases for model in _pages(self.client.search_registered_models)}
+        models = {model.name: model.aliases for model in self.models()}
         if name not in models:
             near = difflib.get_close_matches(name, models, _MAX_NAMED, 0) if len(models) > _MAX_NAMED else sorted(models)
             more = f" and {len(models) - len(near)} more" if len(models) > len(near) else ""
             return UnknownEncoderError(f"No model {name!r} in {self.uri}; it has {', '.join(near) or 'none yet'}{more}.")
-        numbers = sorted(int(found.version) for found in _pages(self.client.search_model_versions, f"name = '{name}'"))
-        listed = (
-            ", ".join(map(str, numbers)) if len(numbers) <= _MAX_NAMED else f"{len(numbers)} from {numbers[0]} to {numbers[-1]}"
+        newest = self.client.search_model_versions(
+            f"name = '{name}'", max_results=_MAX_NAMED + 1, order_by=["version_number DESC"]
         )
+        numbers = [str(found.version) for found in newest[:_MAX_NAMED]]
+        listed = ", ".join(reversed(numbers)) + (" and earlier ones" if len(newest) > _MAX_NAMED else "")
         wanted = f"version {version}" if version else f"alias {alias!r}"
         problem = f"has no {wanted}" if version or alias else "needs an alias or a version"
         return UnknownEncoderError(
@@ -325,30 +239,8 @@ class Registry:
         )
 
 
-def check_same(folder: Path, ref: str, digest: str) -> Path:
-    """The folder, which is there already, if it holds the package with this card.
-
-    Raises:
-        PackageError: it holds a package that is not whole.
-        OutputExistsError: it is no package, or another one.
-    """
-    if not any((folder / name).exists() for name in FILES):
-        raise OutputExistsError(f"{folder} is there already and is no encoder package; give a new folder for {ref}.")
-    try:
-        found = card_sha256(check_package(folder))
-    except PackageError as error:
-        raise PackageError(f"{error} Remove {folder} first.") from None
-    if found != digest:
-        raise OutputExistsError(f"{folder} holds another encoder (card sha256 {found}) than {ref}; choose another folder.")
-    return folder
-
-
-def _check_digest(entry: RegisteredEncoder, card: EncoderCard, uri: str) -> None:
-    if card_sha256(card) != entry.card_sha256:
-        raise PackageError(
-            f"{entry.ref} was registered with card sha256 {entry.card_sha256 or 'none'}, the store {uri} now holds "
-            f"{card_sha256(card)}; its files were exchanged. Register the encoder again."
-        )
+def _tags(card: EncoderCard) -> dict[str, str]:
+    return {FACTS_TAG: card_facts(card)} | {f"{EVIDENCE_TAGS}{item.key}": item.to_json() for item in card.evidence}
 
 
 def _pages(search: Callable[..., Any], narrowed: str = "") -> builtins.list[Any]:

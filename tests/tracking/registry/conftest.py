@@ -1,9 +1,13 @@
 """A store with runs, and registries with versions of one small encoder."""
 
+import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -34,17 +38,43 @@ def measured(value: float, half_width: float = 0.01, **facts: Any) -> Evidence:
     return Evidence(value=value, low=value - half_width, high=value + half_width, **facts)
 
 
-@pytest.fixture
-def run_id(store_uri: str) -> str:
-    return new_run(store_uri)
+@pytest.fixture(scope="session")
+def template_registry(template_store: Path, encoder_package: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of a store whose registry has version 1 of one model, alias 'candidate'; and MLflow's id of its run."""
+    folder = tmp_path_factory.mktemp("registry")
+    shutil.copyfile(template_store, folder / "mlflow.db")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    run_id = new_run(uri)
+    Registry(uri).register(encoder_package, NAME, run_id, tags={"note": "first"})
+    return folder, run_id
 
 
 @pytest.fixture
-def registry(store_uri: str, run_id: str, encoder_package: Path) -> Registry:
-    """A registry with version 1 of one model, alias 'candidate'."""
-    registry = Registry(store_uri)
-    registry.register(encoder_package, NAME, run_id, tags={"note": "first"})
-    return registry
+def registry(template_registry: tuple[Path, str], tmp_path: Path) -> Registry:
+    """A copy of `template_registry`, as if made where it is, by another run: MLflow remembers where the files of a run are."""
+    (there, its_run), folder, run = template_registry, tmp_path / "registered", uuid4().hex
+    shutil.copytree(there, folder)
+    its_files = folder / "artifacts" / its_run
+    its_files.rename(its_files.with_name(run))
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        for table, column in (
+            ("experiments", "artifact_location"),
+            ("runs", "artifact_uri"),
+            ("runs", "run_uuid"),
+            ("tags", "run_uuid"),
+            ("model_versions", "run_id"),
+            ("model_versions", "source"),
+            ("model_versions", "storage_location"),
+        ):
+            replaced = f"replace(replace({column}, ?, ?), ?, ?)"
+            database.execute(f"UPDATE {table} SET {column} = {replaced}", (str(there), str(folder), its_run, run))
+    return Registry(f"sqlite:///{folder / 'mlflow.db'}")
+
+
+@pytest.fixture
+def run_id(registry: Registry) -> str:
+    """The run of version 1 in `registry`."""
+    return registry.resolve(f"{NAME}/1").run_id
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from cromss_dist.errors import OutputExistsError, PackageError, RegistryError, UnknownEncoderError
+from cromss_dist.errors import OutputExistsError, PackageError, RegistryError, StorageError, UnknownEncoderError
 from cromss_dist.tracking.package.card import WEIGHTS_FILE
 from cromss_dist.tracking.package.folder import FILES, check_package
 from cromss_dist.tracking.registry.cache import Cache, cached_package
@@ -68,37 +69,98 @@ def test_a_reachable_store_that_lacks_a_reference_is_not_overruled_by_the_cache(
         Cache(registry.uri).get(REF)
 
 
-def test_a_kept_package_is_checked_each_time(registry: Registry) -> None:
-    cache = Cache(registry.uri)
-    folder = cache.get(REF).folder
+def damage(folder: Path) -> None:
     content = (folder / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).write_bytes(content[:-1] + b"\x7f")
-    for offline in (True, False):
-        with pytest.raises(PackageError, match=f"Remove {folder} first"):
-            cache.get(REF, offline)
+
+
+def test_a_damaged_package_is_refused_offline_and_fetched_again_online(
+    registry: Registry, make_package: MakePackage, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = Cache(registry.uri)
+    folder = cache.get(REF).folder
+    other = make_package("other", run_id="other")
+
+    def exchange(folder: Path) -> None:
+        for name in FILES:
+            shutil.copyfile(other / name, folder / name)
+
+    def empty(folder: Path) -> None:
+        for name in FILES:
+            (folder / name).unlink()
+
+    for harm, error in ((damage, PackageError), (exchange, OutputExistsError), (empty, OutputExistsError)):
+        harm(folder)
+        with pytest.raises(error, match=str(folder)):
+            cache.get(REF, offline=True)
+        caplog.clear()
+        assert cache.get(REF).folder == folder
+        assert f"fetched {NAME}/1 again: {folder}" in caplog.text
+        assert cache.get(REF, offline=True).folder == folder
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     shutil.rmtree(folder)
     with pytest.raises(RegistryError, match=r"is gone\. Pull it"):
         cache.get(REF, offline=True)
     assert cache.get(REF).folder == folder
 
 
-def test_another_whole_package_in_its_place_is_refused(registry: Registry, make_package: MakePackage) -> None:
+def test_a_damaged_package_stays_if_the_store_has_no_better_one(registry: Registry) -> None:
+    cache = Cache(registry.uri)
+    kept = cache.get(REF)
+    stored = Path(registry.resolve(REF).source.removeprefix("file://"))
+    for folder in (kept.folder, stored):
+        damage(folder)
+    with pytest.raises(PackageError, match=f"{NAME}/1 in sqlite.*sha256"):
+        cache.get(REF)
+    assert [path.name for path in kept.folder.parent.iterdir()] == [kept.folder.name]
+    shutil.rmtree(kept.folder)
+    with pytest.raises(PackageError, match=f"{NAME}/1 in sqlite.*sha256"):
+        cache.get(REF)
+    assert list(kept.folder.parent.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = Cache(registry.uri)
     folder = cache.get(REF).folder
-    other = make_package("other", run_id="other")
-    for name in FILES:
-        shutil.copyfile(other / name, folder / name)
-    with pytest.raises(OutputExistsError, match="holds another encoder"):
-        cache.get(REF, offline=True)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Cache, "_remember", refuse)  # as root, tests may write anywhere
+    assert cache.get(REF).folder == folder
+    assert "cannot be noted for use without network: [Errno 13]" in caplog.text
+    monkeypatch.setattr(Cache, "_whole", refuse)
+    with pytest.raises(StorageError, match=r"cannot be kept in the cache .* CROMSS_CACHE"):
+        cache.get(REF)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "x", "version": 1, "card_sha256": "", "time": 0}'])
-def test_a_damaged_record_is_told(registry: Registry, text: str) -> None:
+def test_others_may_read_a_shared_cache(registry: Registry) -> None:
+    before = os.umask(0o022)
+    try:
+        cache = Cache(registry.uri)
+        cache.get(REF)
+    finally:
+        os.umask(before)
+    for path in cache.root.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+
+
+def test_a_damaged_record_is_told(registry: Registry) -> None:
     cache = Cache(registry.uri)
     cache.get(REF)
-    record = next(cache.root.glob(f"seen/*/{REF}.json"))
-    assert json.loads(record.read_text())["version"] == 1
-    record.write_text(text)
+    path = next(cache.root.glob(f"seen/*/{REF}.json"))
+    good = json.loads(path.read_text())
+    assert good["version"] == 1
+    texts = ["", "[]", "{}", "[" * 10**5, "\udcff", json.dumps(good | {"name": "x"})]
+    times = [json.dumps(good | {"time": time}) for time in (float("nan"), float("inf"), 1e300, -1e300, "x", None)]
+    for text in texts + times:
+        path.write_text(text, errors="surrogateescape")
+        with pytest.raises(RegistryError, match=r"is damaged .* Pull .* again"):
+            cache.get(REF, offline=True)
+    path.unlink()
+    path.mkdir()
     with pytest.raises(RegistryError, match=r"is damaged .* Pull .* again"):
         cache.get(REF, offline=True)
 
@@ -127,11 +189,11 @@ def test_a_copy_of_ones_own_needs_no_store(registry: Registry, tmp_path: Path) -
         cache.copy(REF, tmp_path / "file")
 
 
-@pytest.mark.parametrize(("said", "offline"), [("", False), ("0", False), ("false", False), ("1", True), ("True", True)])
-def test_the_environment_says_offline(registry: Registry, monkeypatch: pytest.MonkeyPatch, said: str, offline: bool) -> None:
+def test_the_environment_says_offline(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     Cache(registry.uri).get(REF)
-    monkeypatch.setenv("CROMSS_OFFLINE", said)
-    assert cached_package(REF, tracking_uri=registry.uri).offline is offline
+    for said, offline in (("", False), ("0", False), ("false", False), ("1", True), ("True", True)):
+        monkeypatch.setenv("CROMSS_OFFLINE", said)
+        assert cached_package(REF, tracking_uri=registry.uri).offline is offline
     monkeypatch.setenv("CROMSS_OFFLINE", "maybe")
     with pytest.raises(RegistryError, match="CROMSS_OFFLINE='maybe' is not allowed"):
         cached_package(REF, tracking_uri=registry.uri)

@@ -30,7 +30,7 @@ def assert_nothing_false(registry: Registry) -> None:
     """No alias moved, and whatever is verified is there byte for byte."""
     assert registry.resolve(f"{NAME}@candidate").version == 1
     for found in find(registry, Query()):
-        registry.examine(found.entry)
+        registry.stored(found.entry).examine()
 
 
 class Killed(BaseException):

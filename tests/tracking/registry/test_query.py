@@ -1,21 +1,25 @@
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from cromss_dist.errors import BandError, ConfigError
+from cromss_dist.errors import BandError, ConfigError, RegistryError
 from cromss_dist.tracking.registry.entry import RegisteredEncoder
-from cromss_dist.tracking.registry.query import Query, find, fits, narrowed
+from cromss_dist.tracking.registry.query import Query, find, fits, narrowed, reaches
 from cromss_dist.tracking.registry.registry import Registry
 from tests.tracking.registry.conftest import NAME, MakePackage, measured
 
 RGBN = ("B2", "B3", "B4", "B8")
 
 
-def entry(bands: str = "B2,B3,B4,B8", **tags: str) -> RegisteredEncoder:
-    facts = {"modality": "s2", "bands": bands, "verified": "true", "licence": "Apache-2.0", "fusion": "late"}
-    return RegisteredEncoder("m", 1, ("candidate",), "r", "s", datetime.now(UTC), facts | tags)
+def entry(bands: str = "B2,B3,B4,B8", metrics: Any = None, **tags: str) -> RegisteredEncoder:
+    facts = {"modality": "s2", "licence": "Apache-2.0", "fusion": "late", "metrics": metrics or {}, "bands": bands.split(",")}
+    if not bands:
+        del facts["bands"]
+    tags = {"verified": "true", "card": json.dumps(facts)} | tags
+    return RegisteredEncoder("m", 1, ("candidate",), "r", "s", datetime.now(UTC), tags)
 
 
 def evidence(*items: Any) -> dict[str, str]:
@@ -61,7 +65,8 @@ def test_an_encoder_fits_the_bands_you_have(takes: str, asked: dict[str, Any], f
 )
 def test_numbers_are_compared_as_numbers_and_text_to_the_letter(query: dict[str, Any], fit: bool) -> None:
     known = evidence(measured(0.6), measured(0.7, protocol="finetuned"))
-    assert fits(entry(metrics='{"val/miou_s2": 0.5}', **known), Query(**query)) is fit
+    one, asked = entry(metrics={"val/miou_s2": 0.5}, **known), Query(**query)
+    assert (fits(one, asked) and reaches(one, asked)) is fit
 
 
 def test_retired_and_half_registered_ones_are_hidden_unless_asked_for() -> None:
@@ -72,11 +77,17 @@ def test_retired_and_half_registered_ones_are_hidden_unless_asked_for() -> None:
     assert fits(half, Query(unverified=True))
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"val/x": "1"}', '{"val/x": true}', '{"val/x": NaN}', '{"val/x": 1e999}'])
-def test_tags_that_are_no_figures_are_none(text: str) -> None:
-    assert entry(metrics=text).metrics == {}
+@pytest.mark.parametrize("text", ["{", "[1]", "null", '{"metrics": 1, "bands": "B2"}', '{"bands": [1]}', "[" * 10**5, "9" * 5000])
+def test_a_tag_that_is_no_facts_says_nothing(text: str) -> None:
+    one = entry(card=text)
+    assert (one.bands, one.metrics) == ((), {})
     wrong_key = {"evidence/dw.frozen.oa": measured(0.6).to_json(), "evidence/x": text}
     assert entry(**wrong_key).evidence == {}
+
+
+def test_what_is_no_finite_number_is_no_figure() -> None:
+    odd = '{"metrics": {"a": "1", "b": true, "c": NaN, "d": 1e999, "e": 1%s, "f": null, "g": 2}}' % ("0" * 400)
+    assert entry(card=odd).metrics == {"g": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +101,7 @@ def test_tags_that_are_no_figures_are_none(text: str) -> None:
         ({"missing": 1}, ConfigError),
         ({"bands": ("B2",), "missing": -1}, ConfigError),
         ({"limit": -1}, ConfigError),
+        ({"at_least": {"dw.miou": float("nan")}}, ConfigError),
     ],
 )
 def test_a_question_that_has_no_answer_is_refused(wrong: dict[str, Any], error: type[Exception]) -> None:
@@ -116,13 +128,22 @@ def test_what_the_store_is_asked_finds_what_this_side_decides(registry: Registry
         Query(licence='it\'s "odd" `x`'),
         Query(name="other.model"),
         Query(name="other*", modality="s2"),
+        Query(name="?ther.mod*l"),
+        Query(name="[o]ther.model"),
+        Query(name="cromss_resnet18_s2"),  # '_' is any character in SQL
+        Query(encoder="resnet_8"),
+        Query(licence="APACHE-2.0"),
         Query(fusion="late", retired=True),
         Query(licence="Apache-2.0", encoder="resnet18", method="cromss", dataset="nol", fusion="middle"),
         Query(at_least={"dw.miou": 0.65}),
         Query(name="nobody"),
     ):
-        wanted = [e.ref for e in everything if fits(e, query)]
+        wanted = [e.ref for e in everything if fits(e, query) and reaches(e, query)]
         assert [found.entry.ref for found in find(registry, query)] == wanted, query
+    for mistyped in (Query(sort="dw.mious"), Query(at_most={"DW.miou": 1.0}), Query(licence="Apache-2.0", sort="val/x")):
+        with pytest.raises(RegistryError, match=r"is no figure of any .* they have dw.frozen.miou, val/miou_s2"):
+            find(registry, mistyped)
+    assert find(registry, Query(name="nobody", sort="dw.mious")) == ()
     best = find(registry, Query(sort="dw.miou"))
     assert [(found.entry.ref, found.figures) for found in best] == [
         (good.ref, {"dw.miou": 0.7}),
