@@ -34,7 +34,7 @@ def export_onnx(encoder: PretrainedEncoder, path: Path) -> Path:
         `path`.
 
     Raises:
-        ConfigError: the packages are not installed, or the encoder has a layer that ONNX lacks.
+        ConfigError: the packages are not installed, `path` lies in a package, or the encoder has a layer that ONNX lacks.
         OutputExistsError: `path` is there already.
         PackageError: ONNX Runtime's maps differ by more than `TOLERANCE`.
     """

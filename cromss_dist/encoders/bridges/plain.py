@@ -12,6 +12,7 @@ from cromss_dist.data.staging import write_atomically
 from cromss_dist.encoders.bridges.torchvision import resnet_state
 from cromss_dist.encoders.pretrained import PretrainedEncoder
 from cromss_dist.errors import OutputExistsError
+from cromss_dist.tracking.package.folder import refuse_inside
 
 Names: TypeAlias = Literal["state_dict", "timm", "torchvision"]
 NAMES: tuple[Names, ...] = get_args(Names)
@@ -32,7 +33,7 @@ def write_state_dict(encoder: PretrainedEncoder, path: Path, names: Names = "sta
 
     Raises:
         OutputExistsError: `path` is there already.
-        ConfigError: the library has no twin of this encoder.
+        ConfigError: the library has no twin of this encoder, or `path` lies in a package.
     """
     refuse_existing(path)
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in _state(encoder, names).items()}
@@ -67,6 +68,7 @@ def describe(encoder: PretrainedEncoder) -> dict[str, str]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises OutputExistsError if `path` is there."""
+    """Raises OutputExistsError if `path` is there, ConfigError if it would lie in a package."""
+    refuse_inside(path)
     if path.exists():
         raise OutputExistsError(f"{path} exists already and is not replaced. Choose another name, or remove it first.")

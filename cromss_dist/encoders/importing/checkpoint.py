@@ -152,10 +152,12 @@ def _check_kind(path: Path, raw: BinaryIO) -> None:
     raw.seek(0)
     if head[:4] == b"PK\3\4":
         return
-    old = head[257:262] == b"ustar" or head[:1] == b"\x80"
+    tensors = head[8:9] == b"{"  # behind eight bytes of the header's size
+    old = head[257:262] == b"ustar" or (head[:1] == b"\x80" and not tensors)
     kinds = {
         "is in a format of PyTorch before 1.6. If it holds plain tensors, torch.save(torch.load(file, weights_only=True), new) "
         "writes it in the present one, without running anything of it": old,
+        "is a safetensors file, which has no layout to go by": tensors,
         "is an HDF5 file, as Keras writes": head[:4] == b"\x89HDF",
         "is empty": not head,
         "is text: perhaps a download that failed or asked for a login": head.isascii() and b"\0" not in head,

@@ -13,6 +13,7 @@ from cromss_dist.errors import OutputExistsError, RegistryError
 from cromss_dist.schema import Modality
 from cromss_dist.tracking.package.card import EncoderCard
 from cromss_dist.tracking.package.folder import card_sha256, check_package, place
+from cromss_dist.tracking.registry.entry import check_alias, check_name
 from cromss_dist.tracking.run.shipper import deliver
 from cromss_dist.tracking.run.spool import Spool
 from cromss_dist.tracking.store import tracking_uri
@@ -55,11 +56,15 @@ def register_import(
         uri: MLflow tracking URI, as everywhere; a missing SQLite store is created.
 
     Raises:
-        RegistryError: the store cannot be reached or refuses; the folder stays, and can be sent later.
+        RegistryError: `model` or `alias` is not allowed; or the store cannot be reached or refuses: then the folder stays, and
+            can be sent later.
         OutputExistsError: `run_dir` is there and holds anything else.
         PackageError, BandError, ConfigError, StorageError: as for `import_encoder`.
     """
-    uri = tracking_uri(uri)  # before the work: a URI that is not allowed
+    uri = tracking_uri(uri)  # before the work: what is not allowed
+    check_alias(alias)
+    if model:
+        check_name(model)
     root = RUNS if run_dir is None else run_dir.parent
     root.mkdir(parents=True, exist_ok=True)
     part = f"encoders/{modality}"
@@ -83,6 +88,8 @@ def register_import(
     except RegistryError as error:
         error.add_note(f"The import is in {run_dir}; register it later: cromss track sync {run_dir}.")
         raise
+    if model in delivery.refused:
+        raise delivery.refused[model]
     if model not in delivery.registered:
         raise OutputExistsError(
             f"{run_dir} was registered as {', '.join(delivery.registered)}; give another folder for {model!r}."

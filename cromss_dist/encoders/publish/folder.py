@@ -16,7 +16,7 @@ from cromss_dist.encoders.publish.torchgeo_file import write_weights_file
 from cromss_dist.errors import ConfigError, OutputExistsError
 from cromss_dist.tracking.package.card import CARD_FILE, GOLDEN_FILE, PUBLISHED_PACKAGE, WEIGHTS_FILE
 from cromss_dist.tracking.package.evidence import Evidence
-from cromss_dist.tracking.package.folder import check_package, place, read_package
+from cromss_dist.tracking.package.folder import check_package, place, read_package, refuse_inside
 from cromss_dist.tracking.package.strict_json import canonical
 
 README = "README.md"
@@ -42,7 +42,7 @@ def publish(package: Path, destination: Path, *, hub_id: str = "", evidence: Ite
         `destination`.
 
     Raises:
-        ConfigError: `hub_id` cannot be one.
+        ConfigError: `hub_id` cannot be one, or `destination` lies in a package.
         OutputExistsError: `destination` is there already.
         PackageError: the package is incomplete, was changed, or does not compute what it did when it was written.
     """
@@ -51,6 +51,7 @@ def publish(package: Path, destination: Path, *, hub_id: str = "", evidence: Ite
             f"hub_id={hub_id!r} is not allowed; give organisation/name of letters, digits, '.', '_' and '-', at most 96 "
             "characters, such as my-group/cromss-resnet50-s2."
         )
+    refuse_inside(destination)
     if destination.exists():
         raise OutputExistsError(f"{destination} exists already; a published folder is never overwritten. Choose another folder.")
     destination.parent.mkdir(parents=True, exist_ok=True)

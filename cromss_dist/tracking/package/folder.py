@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import safetensors
 
-from cromss_dist.errors import OutputExistsError, PackageError
+from cromss_dist.errors import ConfigError, OutputExistsError, PackageError
 from cromss_dist.tracking.package.card import CARD_FILE, GOLDEN_FILE, WEIGHTS_FILE, EncoderCard
 
 if TYPE_CHECKING:
@@ -53,8 +53,10 @@ def write_package(folder: Path, package: Package) -> EncoderCard:
 
     Raises:
         OutputExistsError: `folder` is there already.
+        ConfigError: it would lie in another package.
         PackageError: what was written does not read back.
     """
+    refuse_inside(folder)
     if folder.exists():
         raise OutputExistsError(f"{folder} exists already; a package is never overwritten. Choose another folder.")
     contents = {WEIGHTS_FILE: _serialised(package.weights), GOLDEN_FILE: _serialised(package.golden)}
@@ -98,6 +100,13 @@ def read_package(folder: Path) -> Package:
 def card_sha256(card: EncoderCard) -> str:
     """sha256 (hex) of `card.json`; since the card holds the hash of the weights, it names the whole package."""
     return _sha256(card.to_json().encode())
+
+
+def refuse_inside(path: Path) -> None:
+    """Raises ConfigError where something new at `path` would lie in a package, which is no longer whole then."""
+    for folder in path.absolute().parents:
+        if (folder / CARD_FILE).exists() and (folder / WEIGHTS_FILE).exists():
+            raise ConfigError(f"{path} lies in the encoder package {folder}, which takes no other files; choose another place.")
 
 
 def place(draft: Path, folder: Path) -> None:

@@ -37,6 +37,7 @@ def exported(encoder_package: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return export_onnx(load_encoder(encoder_package), tmp_path_factory.mktemp("onnx") / "new" / "encoder.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 13, 16, 40), (3, 13, 64, 8)])
 def test_another_process_gets_the_features_without_torch_at_any_size(
     shape: tuple[int, ...], exported: Path, encoder_package: Path, tmp_path: Path
@@ -52,6 +53,7 @@ def test_another_process_gets_the_features_without_torch_at_any_size(
             np.testing.assert_allclose(theirs, ours.numpy(), rtol=0, atol=1e-4 * float(ours.abs().max()))
 
 
+@pytest.mark.slow
 def test_the_file_is_valid_and_says_what_it_takes(exported: Path, encoder_package: Path) -> None:
     model = onnx.load(exported)
     onnx.checker.check_model(model, full_check=True)
@@ -89,6 +91,7 @@ class Doubled(nn.Module):
         return tuple(1.001 * map_ for map_ in self.encoder(image))
 
 
+@pytest.mark.slow
 def test_a_file_whose_features_differ_is_not_written(
     exported: Path, encoder_package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from cromss_dist.encoders.pretrained import PretrainedEncoder
 from cromss_dist.errors import ConfigError, OutputExistsError
 from cromss_dist.models.encoder import build_encoder
 from cromss_dist.tracking.package.card import EncoderCard
+from cromss_dist.tracking.package.folder import check_package
 from tests.encoders.bridges.clean import SAVE, TORCHVISION, Reference, run_clean
 
 # What a user without this package writes: the weights file of a package, and the library.
@@ -43,10 +44,9 @@ OF_LIBRARY = {
     """,
 }
 
-SLOW = ("timm", "segmentation_models_pytorch")
 
-
-@pytest.mark.parametrize("library", ["torchvision", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("library", OF_LIBRARY)
 def test_the_weights_of_a_package_load_in_a_library_alone(
     library: str, package: Path, reference: Reference, tmp_path: Path
 ) -> None:
@@ -91,6 +91,13 @@ def test_a_file_that_is_there_is_kept(encoder: PretrainedEncoder, tmp_path: Path
     with pytest.raises(OutputExistsError, match="exists already"):
         write_state_dict(encoder, path)
     assert path.read_text() == "mine"
+
+
+def test_a_file_in_a_package_is_refused_and_the_package_stays_whole(encoder: PretrainedEncoder, package: Path) -> None:
+    for path in (package / "encoder.onnx", package / "new" / "encoder.onnx"):
+        with pytest.raises(ConfigError, match=r"lies in the encoder package .* choose another place"):
+            write_state_dict(encoder, path)
+    check_package(package)
 
 
 def test_names_that_an_encoder_has_not_are_refused_and_leave_nothing(encoder_package: Path, tmp_path: Path) -> None:

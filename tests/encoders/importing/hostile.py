@@ -235,6 +235,7 @@ FILES: dict[str, tuple[Write, str]] = {
     "a bare pickle": (_bare, "before 1.6"),
     "TorchScript": (_zip(("a/data.pkl", _GOOD), ("a/code/__torch__.py", b"x")), "TorchScript, which is a program"),
     "TorchScript's constants": (_zip(("a/data.pkl", _GOOD), ("a/constants.pkl", b"x")), "TorchScript"),
+    "safetensors": (_bytes(b"\x80\0\0\0\0\0\0\0" + b'{"w":{"dtype":"F32"}}'.ljust(128)), "is a safetensors file"),
     "an empty file": (_bytes(b""), "is empty"),
     "a page": (_bytes(b"<html>login</html>"), "is text"),
     "HDF5": (_bytes(b"\x89HDF\r\n\x1a\n\0\0"), "HDF5"),

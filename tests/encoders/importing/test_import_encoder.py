@@ -36,7 +36,13 @@ PUBLISHED: dict[str, tuple[str, Make, Modality, tuple[str, str, str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", PUBLISHED.values(), ids=PUBLISHED)
+# Of two alike, one is fast.
+_SLOW = ("middle s1", "late s2", "moco s1", "decur s1", "decur backbone")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name in _SLOW)) for name, c in PUBLISHED.items()]
+)
 def test_each_published_layout_gives_the_weights_that_are_in_it(
     case: tuple[str, Make, Modality, tuple[str, str, str, str]], save: Save, s1_state: State, s2_state: State
 ) -> None:
@@ -59,8 +65,10 @@ def test_reflectance_is_digital_numbers_over_10000_as_uint8() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
-def test_an_imported_package_computes_what_its_network_did(name: str, save: Save, s1_state: State, tmp_path: Path) -> None:
-    s2 = resnet_state(9, seed=3, encoder=name)
+def test_an_imported_package_computes_what_its_network_did(
+    name: str, save: Save, s1_state: State, s2_state: State, tmp_path: Path
+) -> None:
+    s2 = _of_channels(s2_state, 9) if name == "resnet18" else resnet_state(9, seed=3, encoder=name)
     path = save(look_alikes.cromss("middle", s1_state, s2), "weights-cromss-9B-midFusion-epoch=199.ckpt")
     card = import_encoder(path, tmp_path / "package", "s2", Facts(url="https://example.org/a.ckpt"), run_id="r" * 32)
     encoder = load_encoder(tmp_path / "package").eval()
@@ -79,9 +87,13 @@ def test_an_imported_package_computes_what_its_network_did(name: str, save: Save
     }
 
 
-def test_bands_are_known_by_the_number_of_channels_or_told(save: Save) -> None:
-    assert read_encoder(save(look_alikes.moco(resnet_state(3, 1))), "s2")[1].bands == S2_RGB
-    path = save(look_alikes.moco(resnet_state(4, 1)))
+def _of_channels(state: State, channels: int) -> State:
+    return state | {"conv1.weight": state["conv1.weight"][:, :channels].clone()}
+
+
+def test_bands_are_known_by_the_number_of_channels_or_told(save: Save, s2_state: State) -> None:
+    assert read_encoder(save(look_alikes.moco(_of_channels(s2_state, 3))), "s2")[1].bands == S2_RGB
+    path = save(look_alikes.moco(_of_channels(s2_state, 4)))
     with pytest.raises(BandError, match=r"takes 4 channels; moco checkpoints for s2 have 13, 3.*--bands"):
         read_encoder(path, "s2")
     told = Facts(bands=("B2", "B3", "B4", "B8"), scaling="statistics", dataset="other")
@@ -166,13 +178,13 @@ def test_a_checkpoint_that_is_not_exactly_an_encoder_is_refused_and_leaves_nothi
     assert not (tmp_path / "package").exists()
 
 
-def test_what_is_not_known_must_be_told(save: Save, s2_state: State, tmp_path: Path) -> None:
+def test_what_is_not_known_must_be_told(save: Save, s1_state: State, s2_state: State) -> None:
     with pytest.raises(ConfigError, match="--method"):
         read_encoder(save(s2_state, "mine.pth"), "s2")
     with pytest.raises(ConfigError, match=r"scaled is not known.*--scaling"):
         read_encoder(save(s2_state, "mine.pth"), "s2", Facts(method="softcon"))
     with pytest.raises(ConfigError, match="scaling='reflectance' is Sentinel-2's"):
-        read_encoder(save(resnet_state(2, 1), "moco.pth"), "s1", Facts(scaling="reflectance"))
+        read_encoder(save(s1_state, "moco.pth"), "s1", Facts(scaling="reflectance"))
     with pytest.raises(ConfigError, match=r"layout='mocco' is not known; choose auto, cromss-middle"):
         read_encoder(save(s2_state, "mine.pth"), "s2", Facts(layout="mocco"))
     told = Facts(method="softcon", scaling="statistics")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,18 @@ def test_an_import_whose_store_is_away_waits_in_its_folder(
         register_import(save(cromss("late", s1_state, s2_state)), "s1", run_dir=folder, uri=away)
     assert caught.value.__notes__ == [f"The import is in {folder}; register it later: cromss track sync {folder}."]
     assert deliver(folder, store_uri).registered == {"cromss-late-resnet18-s1-2b": 1}
+
+
+@pytest.mark.parametrize("names", [{"model": "../../x"}, {"model": "a:b"}, {"alias": "v1"}, {"alias": "x y"}])
+def test_a_name_that_no_store_takes_is_refused_before_anything_is_written(
+    names: dict[str, Any], save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(RegistryError, match=r"is not allowed; use letters"):
+        register_import(save({}), "s2", uri=f"sqlite:///{tmp_path / 'none.db'}", **names)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint.pth", "work"]
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_a_checkpoint_that_is_refused_leaves_no_run(tmp_path: Path, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,6 +123,8 @@ def test_what_is_there_is_not_overwritten(encoder_package: Path, tmp_path: Path)
     with pytest.raises(OutputExistsError, match="never overwritten"):
         publish(encoder_package, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(ConfigError, match="lies in the encoder package"):
+        publish(encoder_package, encoder_package / "published")
 
 
 def _cut(package: Path) -> None:

@@ -1,5 +1,6 @@
 """A package whose tensors are a few bytes: what is checked without a network."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,14 @@ STATE = {"conv.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3), "nor
 GOLDEN = {"input": torch.arange(4, dtype=torch.uint8), "stage_1": torch.tensor([0.5])}
 
 
+@pytest.fixture(scope="session")
+def _written(tmp_path_factory: pytest.TempPathFactory, make_card: Callable[..., EncoderCard]) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "package"
+    write_package(folder, Package(make_card(), STATE, GOLDEN))
+    return folder
+
+
 @pytest.fixture
-def package(tmp_path: Path, make_card: Callable[..., EncoderCard]) -> Path:
+def package(_written: Path, tmp_path: Path) -> Path:
     """The folder of such a package, the test's own."""
-    write_package(tmp_path / "package", Package(make_card(), STATE, GOLDEN))
-    return tmp_path / "package"
+    return shutil.copytree(_written, tmp_path / "package")
