@@ -58,7 +58,7 @@ def export(
     packages = {m: _write_package(m, model, weights, preflight, trainer.after, run_dir, record) for m in MODALITIES}
     if config.tracking.register:
         for modality, folder in packages.items():
-            record.register(folder, check_package(folder), model_name(config, modality), config.tracking.alias)
+            record.register(folder, check_package(folder), preflight.model_name(modality), config.tracking.alias)
     delivery = record.finish(config.tracking.patience_s)
     summary = RunSummary(
         run_dir=str(run_dir),
@@ -72,6 +72,7 @@ def export(
         after=trainer.after,
         registered=delivery.registered,
         packages={m: str(folder) for m, folder in packages.items()},
+        refused={model: f"{type(error).__name__}: {error}" for model, error in delivery.refused.items()},
     )
     write_summary(run_dir, summary)
     return summary
@@ -139,8 +140,3 @@ def _recipe(config: RunConfig) -> dict[str, Any]:
         del content["data"][name]
     del content["data"]["filter"]["quality"]
     return content
-
-
-def model_name(config: RunConfig, modality: Modality) -> str:
-    """Name of an encoder in the registry: `<prefix>-<encoder>-<modality>`."""
-    return f"{config.tracking.model_prefix}-{config.model.encoder}-{modality}"

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from cromss_dist.config import RunConfig
-from cromss_dist.errors import ConfigError
+from cromss_dist.errors import ConfigError, PackageError, RegistryError
 from cromss_dist.export import export
 from cromss_dist.losses import CromssLoss
 from cromss_dist.parse import CONFIG_FILE, ParsedRun
@@ -119,7 +119,11 @@ def run_in_process(parsed: ParsedRun, console: Console) -> RunSummary:
 
 
 def report(summary: RunSummary, console: Console) -> None:
-    """Prints what a finished run left, and how to look at it."""
+    """Prints what a finished run left, and how to look at it.
+
+    Raises:
+        PackageError, RegistryError: the store has all of it, and cannot have its encoders in the registry.
+    """
     lines = [f"{summary.samples} samples at {summary.samples_per_s:.1f} samples/s"]
     if summary.run_id is None:
         lines.append(f"MLflow has not all of it yet; send the rest with: cromss track sync {shlex.quote(summary.run_dir)}")
@@ -127,6 +131,12 @@ def report(summary: RunSummary, console: Console) -> None:
         lines.append(f"mlflow ui --backend-store-uri {shlex.quote(str(summary.tracking_uri))}")
     for line in lines:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
+    for model, told in summary.refused.items():
+        kind, _, reason = told.partition(": ")
+        raise (PackageError if kind == PackageError.__name__ else RegistryError)(
+            f"{model} is not registered: {reason} The run is whole in its folder; when that is mended: "
+            f"cromss track sync {shlex.quote(summary.run_dir)}"
+        )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cromss_dist.cluster import CLUSTER_FILE
 from cromss_dist.data.staging import write_atomically
-from cromss_dist.errors import ConfigError, main_guard
+from cromss_dist.errors import ConfigError, CromssError, main_guard
 from cromss_dist.parse import CONFIG_FILE, ParsedRun, parse_run, to_yaml, write_yaml
 from cromss_dist.pretrain import report
 from cromss_dist.tracking.run.dead import end_from_outside
@@ -163,7 +163,7 @@ def ending_the_run(run_dir: Path, uri: str | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with suppress(OSError):  # must not hide the error that ended the run
+        with suppress(OSError, CromssError):  # must not hide the error that ended the run
             end_from_outside(run_dir, *end_of(error))
             if uri is not None:
                 Shipper(run_dir, uri, tell=lambda text: None).close(PARTING_S)

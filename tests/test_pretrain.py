@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cromss_dist.config import DataConfig, ReadingConfig, RunConfig, TrackingConfig
-from cromss_dist.errors import ConfigError
-from cromss_dist.export import model_name
+from cromss_dist.errors import ConfigError, PackageError, RegistryError
 from cromss_dist.parse import parse_run
-from cromss_dist.pretrain import record_config
+from cromss_dist.pretrain import record_config, report
 from cromss_dist.schema import S2_9
 from cromss_dist.tracking.revision import git_revision
 from cromss_dist.tracking.run.shipper import deliver
 from cromss_dist.tracking.store import connect
 from cromss_dist.train.preflight import Preflight
-from cromss_dist.train.run.folder import new_run_dir
+from cromss_dist.train.run.folder import RunSummary, new_run_dir
 from cromss_dist.train.run.record import Record
 
 
@@ -74,8 +74,34 @@ def test_band_subsets_set_the_width_of_the_encoders(synthetic_shards: Path) -> N
     assert widths == {"s1": 1, "s2": 9}
 
 
-def test_encoders_are_named_after_backbone_and_modality() -> None:
-    assert model_name(RunConfig(), "s2") == "cromss-resnet50-s2"
+def test_encoders_are_named_after_backbone_and_modality(synthetic_shards: Path) -> None:
+    run = Preflight.of(parse_run(["--data.shards", str(synthetic_shards), "--data.crop_px", "64"]).config, world_size=1)
+    assert run.model_name("s2") == "cromss-resnet50-s2"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("alias", "latest"), ("alias", "v2"), ("alias", ""), ("alias", "a b"), ("model_prefix", "a/b"), ("model_prefix", "a" * 200)],
+)
+def test_encoders_that_could_not_be_registered_are_refused_before_the_run(
+    synthetic_shards: Path, option: str, value: str
+) -> None:
+    arguments = ["--data.shards", str(synthetic_shards), "--data.crop_px", "64", f"--tracking.{option}", value]
+    with pytest.raises(RegistryError, match=r"is not allowed; use letters"):
+        Preflight.of(parse_run(arguments).config, world_size=1)
+    Preflight.of(parse_run([*arguments, "--tracking.register", "false"]).config, world_size=1)
+
+
+def summary(**refused: str) -> RunSummary:
+    return RunSummary("/runs/r", "f" * 32, "sqlite:///s", 1, 1, 4, 1.0, {}, {}, {}, {}, refused)
+
+
+def test_a_run_whose_encoders_cannot_be_registered_ends_with_that(capsys: pytest.CaptureFixture[str]) -> None:
+    report(summary(), Console())
+    for kind in (PackageError, RegistryError):
+        with pytest.raises(kind, match=r"^m is not registered: no: why\. The run is whole .* cromss track sync /runs/r$"):
+            report(summary(m=f"{kind.__name__}: no: why."), Console())
+    assert "4 samples" in capsys.readouterr().out
 
 
 def test_the_revision_is_a_commit_or_says_that_it_is_not_known() -> None:

@@ -196,7 +196,7 @@ def test_a_finished_run_is_not_repeated_and_goes_on_if_it_is_made_longer(config:
     saved = (folder / "checkpoints").rename(tmp_path / "elsewhere")  # what is finished needs none
     assert run_ranks(traced_run, 1, folder, short) == [0]
     assert trace_of(folder).num_computed == 3
-    assert "--train.epochs makes it longer" in read_events(folder)[-1]["text"]
+    assert "--train.epochs makes it longer" in list(read_events(folder))[-1]["text"]
     assert num_registered() == [1, 1]
     shutil.rmtree(folder / "checkpoints")
     saved.rename(folder / "checkpoints")

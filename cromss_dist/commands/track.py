@@ -5,13 +5,14 @@ Each verb is a function that adds its parser and names the function to run. Heav
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cromss_dist.commands.printing import print_json, print_table
-from cromss_dist.errors import ArchiveMissingError, ConfigError
+from cromss_dist.errors import ArchiveMissingError, ConfigError, CromssError
 
 _STORE_HELP = "MLflow store, e.g. sqlite:///runs/mlflow.db or http://host:5000 (default: that of the run's config)"
 _EXAMPLES = """examples:
@@ -50,22 +51,37 @@ def _add_sync(verbs: Any) -> None:
 
 
 def _sync(options: argparse.Namespace) -> None:
+    failures = []
+    for run_dir in map(_checked, options.run_dirs):
+        try:
+            _send(run_dir, options)
+        except CromssError as error:  # of this run: those after it are sent
+            failures.append(error)
+    for failure in failures[:-1]:
+        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
+    if failures:
+        raise failures[-1]
+
+
+def _send(run_dir: Path, options: argparse.Namespace) -> None:
     from cromss_dist.tracking.run.shipper import deliver
     from cromss_dist.tracking.run.spool import EVENTS_FILE
 
-    for run_dir in map(_checked, options.run_dirs):
-        uri = _store_of(run_dir, options.tracking_uri)
-        if uri is None:
-            raise ConfigError(
-                f"{run_dir} is of a run with tracking.uri=offline; say where it goes with --tracking_uri, e.g. "
-                "sqlite:///runs/mlflow.db or http://host:5000."
-            )
-        with _bar(run_dir, (run_dir / EVENTS_FILE).stat().st_size) as progress:
-            delivery = deliver(run_dir, uri, tell=print, again=options.again, progress=progress)
-        if delivery.run_id is None:
-            print(f"{run_dir}: no run has begun in it")
-        else:
-            print(f"{run_dir}: {uri} has all of it, as run {delivery.run_id}")
+    uri = _store_of(run_dir, options.tracking_uri)
+    if uri is None:
+        raise ConfigError(
+            f"{run_dir} is of a run with tracking.uri=offline; say where it goes with --tracking_uri, e.g. "
+            "sqlite:///runs/mlflow.db or http://host:5000."
+        )
+    with _bar(run_dir, (run_dir / EVENTS_FILE).stat().st_size) as progress:
+        delivery = deliver(run_dir, uri, tell=print, again=options.again, progress=progress)
+    if delivery.run_id is None:
+        print(f"{run_dir}: no run has begun in it")
+    elif delivery.refused:
+        print(f"{run_dir}: {uri} has its figures, as run {delivery.run_id}")
+        raise next(iter(delivery.refused.values()))
+    else:
+        print(f"{run_dir}: {uri} has all of it, as run {delivery.run_id}")
 
 
 def _add_status(verbs: Any) -> None:
@@ -85,25 +101,26 @@ def _status(options: argparse.Namespace) -> None:
     if options.json:
         print_json(rows)
         return
-    header = ("run", "records", "sent", "behind", "state", "store")
-    print_table("runs", header, [[str(row[key] or "none" if key == "store" else row[key]) for key in header] for row in rows])
+    header = ("run", "records", "sent", "behind", "unregistered", "state", "store")
+    for row in rows:
+        row |= {"unregistered": ", ".join(row["unregistered"]), "store": row["store"] or "none"}
+    print_table("runs", header, [[str(row[key]) for key in header] for row in rows])
 
 
 def _row(run_dir: Path, given_uri: str | None) -> dict[str, Any]:
     """What is known of a run from its folder alone."""
     from cromss_dist.tracking.run.replica import read_watermark
-    from cromss_dist.tracking.run.spool import EVENTS_FILE, Tail, read_events
+    from cromss_dist.tracking.run.spool import EVENTS_FILE, count_lines, read_events
     from cromss_dist.train.run.folder import holding
 
     uri = _store_of(run_dir, given_uri)
-    records = read_events(run_dir)
-    sent_bytes = 0 if uri is None else read_watermark(run_dir, uri)[1]
-    behind = len(Tail(run_dir / EVENTS_FILE, sent_bytes).read())
-    ends = [record for record in records if record["event"] in ("attempt", "end")]
+    mark = None if uri is None else read_watermark(run_dir, uri)
+    records, behind = count_lines(run_dir / EVENTS_FILE), count_lines(run_dir / EVENTS_FILE, mark.offset if mark else 0)
+    ends = list(read_events(run_dir, "attempt", "end"))
     with holding(run_dir) as free:
         state = "running" if not free else "not begun" if not ends else ends[-1].get("status", "died")
-    counts = {"records": len(records), "sent": len(records) - behind, "behind": behind}
-    return {"run": str(run_dir), **counts, "state": state, "store": uri}
+    counts = {"records": records, "sent": records - behind, "behind": behind}
+    return {"run": str(run_dir), **counts, "unregistered": mark.unregistered if mark else (), "state": state, "store": uri}
 
 
 def _add_reap(verbs: Any) -> None:

@@ -133,7 +133,7 @@ def mlflow_errors(problem: str) -> Iterator[None]:
 def brief(error: Exception) -> str:
     """What an exception of MLflow says, in one line: a database's own words without the SQL around them."""
     words = getattr(error.__cause__, "orig", None) or error
-    return str(words).splitlines()[0].rstrip(".")
+    return next(iter(str(words).splitlines()), type(error).__name__).rstrip(".")
 
 
 def _initialise_sqlite(path: Path) -> None:

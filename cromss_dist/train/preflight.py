@@ -14,7 +14,8 @@ from cromss_dist.errors import BandError, ConfigError
 from cromss_dist.models.encoder import check_encoder_name
 from cromss_dist.models.two_branch import ParameterCounts, TwoBranchUNet
 from cromss_dist.parse import to_yaml
-from cromss_dist.schema import CLASS_NAMES, NUM_CLASSES, Modality
+from cromss_dist.schema import CLASS_NAMES, MODALITIES, NUM_CLASSES, Modality
+from cromss_dist.tracking.registry.entry import check_alias, check_name
 from cromss_dist.train.step.engine import resolve_precision
 from cromss_dist.train.step.schedule import Timeline
 from cromss_dist.world import choose_device
@@ -45,11 +46,16 @@ class Preflight:
             BandError: the datasets have not all the bands that are asked for.
             ConfigError: the crop is larger than a patch, the classes are not Dynamic World's, a validation season is not
                 there, the filters leave too little; the device, its precision or the encoder does not exist.
+            RegistryError: the encoders of the run could not be registered under their names or alias.
         """
         plan = plan_batches(config.engine, world_size)
         if trains_here:
             resolve_precision(config.engine, choose_device(config.engine.device))
         check_encoder_name(config.model.encoder)
+        if config.tracking.register:
+            check_alias(config.tracking.alias)
+            for modality in MODALITIES:
+                check_name(_model_name(config, modality))
         data = RunData.open(config.data, config.seed)
         _check_data(config.data, data.dataset)
         if config.data.crop_px > data.dataset.patch_px:
@@ -60,6 +66,10 @@ class Preflight:
             )
         data.eval_plan(plan)
         return cls(config, data, plan, Timeline.of(config, data.train_plan(plan).order.epoch_samples))
+
+    def model_name(self, modality: Modality) -> str:
+        """Name of an encoder in the registry: `<prefix>-<encoder>-<modality>`."""
+        return _model_name(self.config, modality)
 
     def build_model(self) -> TwoBranchUNet:
         """The networks, with weights drawn from the run's seed."""
@@ -100,6 +110,10 @@ class Preflight:
             f"data                {location}: {len(dataset.locations)} locations, {dataset.patch_px} px, digest "
             f"{dataset.digest[:12]}{share}"
         )
+
+
+def _model_name(config: RunConfig, modality: Modality) -> str:
+    return f"{config.tracking.model_prefix}-{config.model.encoder}-{modality}"
 
 
 def _named(data: DataConfig) -> str:

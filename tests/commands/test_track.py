@@ -7,8 +7,9 @@ import pytest
 
 from cromss_dist.cli import main
 from cromss_dist.config import RunConfig, TrackingConfig
-from cromss_dist.errors import ArchiveMissingError, ConfigError
+from cromss_dist.errors import ArchiveMissingError, ConfigError, PackageError
 from cromss_dist.parse import CONFIG_FILE, write_yaml
+from cromss_dist.tracking.run.spool import EVENTS_FILE, Spool
 from cromss_dist.train.run.folder import holding
 from tests.tracking.run.recorded import end, expected_points, stored_points, stored_run, write_attempt
 
@@ -43,13 +44,39 @@ def test_what_of_each_run_was_sent_is_listed(store_uri: str, tmp_path: Path, cap
     capsys.readouterr()
     with holding(folders["running"]):
         assert main(["track", "status", str(tmp_path / "runs"), "--json"]) == 0
+    rows = [("died", 8, 5, 3, "died"), ("finished", 6, 6, 0, "FINISHED"), ("running", 5, 0, 5, "running")]
     assert json.loads(capsys.readouterr().out) == [
-        {"run": str(folders["died"]), "records": 8, "sent": 5, "behind": 3, "state": "died", "store": store_uri},
-        {"run": str(folders["finished"]), "records": 6, "sent": 6, "behind": 0, "state": "FINISHED", "store": store_uri},
-        {"run": str(folders["running"]), "records": 5, "sent": 0, "behind": 5, "state": "running", "store": store_uri},
-    ]
+        {
+            "run": str(folders[name]), "records": records, "sent": sent, "behind": behind, "unregistered": [],
+            "state": state, "store": store_uri,
+        }
+        for name, records, sent, behind, state in rows
+    ]  # fmt: skip
     assert main(["track", "status", str(folders["died"])]) == 0
     assert "died" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_sent_whole_holds_up_no_other_and_is_the_commands_error(
+    store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged, unregistered, whole = folders = [make_run(tmp_path / "runs", name, store_uri) for name in "abc"]
+    with Spool(unregistered) as spool:
+        spool.append("register", package="encoders/s2", card="0" * 64, model="m", alias="candidate")
+    with (damaged / EVENTS_FILE).open("a") as file:
+        file.write("{\n")
+    for folder in folders:
+        end(folder)
+    assert main(["track", "sync", *map(str, folders)]) == PackageError.exit_code
+    printed = capsys.readouterr()
+    assert f"StorageError: {damaged / EVENTS_FILE} was damaged" in printed.err
+    assert printed.err.splitlines()[-1].startswith("PackageError: ")
+    assert "m is not registered: " in printed.out
+    for folder in (unregistered, whole):
+        assert stored_run(folder, store_uri).info.status == "FINISHED"
+        assert stored_points(folder, store_uri) == expected_points(folder)
+    assert main(["track", "status", str(unregistered), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["unregistered"] == ["m"]
+    assert main(["track", "sync", str(unregistered)]) == PackageError.exit_code, "as long as that is so"
 
 
 def test_dead_runs_are_listed(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

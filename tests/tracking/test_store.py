@@ -8,8 +8,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
-from cromss_dist.errors import RegistryError
+from cromss_dist.errors import RegistryError, StorageError
 from cromss_dist.tracking.store import artifact_root, connect, initialise_store, tracking_uri
 from tests.servers import MlflowServer, Postgres
 
@@ -158,6 +159,30 @@ def test_a_missing_driver_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatc
 )
 def test_uris_of_servers_and_databases(given: str, used: str) -> None:
     assert tracking_uri(given) == used
+
+
+def test_the_uri_is_the_argument_then_ours_then_mlflows_then_runs_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("CROMSS_TRACKING_URI", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    assert tracking_uri() == f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking_uri() == "http://mlflow:5000"
+    monkeypatch.setenv("CROMSS_TRACKING_URI", "sqlite:///a.db")
+    assert tracking_uri() == f"sqlite:///{tmp_path / 'a.db'}"
+    assert tracking_uri("postgresql+psycopg2://u@h/d") == "postgresql+psycopg2://u@h/d"
+
+
+def test_a_full_disk_is_told_without_sql_and_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.store.tracking import sqlalchemy_store
+
+    def refuse(*_: object) -> None:
+        raise OperationalError("CREATE TABLE runs", {}, sqlite3.OperationalError("database or disk is full"))
+
+    monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", refuse)
+    with pytest.raises(StorageError, match=rf"created at {tmp_path / 'mlflow.db'}: database or disk is full. Check"):
+        initialise_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 @pytest.mark.parametrize("uri", ["runs", "file:///mlruns", "databricks", "mysql://h/d", "postgresql+asyncpg://h/d"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cromss_dist.errors import StorageError
 from cromss_dist.tracking.run.replica import HEARTBEAT_TAG, RUN_TAG
 from cromss_dist.tracking.run.shipper import deliver
 from cromss_dist.tracking.run.spool import Spool, read_events, run_id_of
@@ -39,7 +40,7 @@ def end_from_outside(run_dir: Path, status: str, error: str | None) -> bool:
         status: KILLED or FAILED.
         error: What ended it.
     """
-    begun = [event["event"] for event in read_events(run_dir) if event["event"] in ("attempt", "end")]
+    begun = [event["event"] for event in read_events(run_dir, "attempt", "end")]
     if begun[-1:] != ["attempt"]:
         return False
     with Spool(run_dir) as spool:
@@ -82,14 +83,25 @@ def reap(
                     if not held:
                         continue
                     if not dry_run:
-                        end_from_outside(folder, "KILLED", "the process was gone")
-                        deliver(folder, uri)
+                        _end_here(client, dead, uri)
             elif silent_s < older_s:
                 continue
             elif not dry_run:
-                end_ms = int((time.time() - silent_s) * 1000)
-                client.set_terminated(dead.run_id, status="KILLED", end_time=end_ms)
+                _mark(client, dead)
             yield dead
+
+
+def _end_here(client: "MlflowClient", dead: DeadRun, uri: str) -> None:
+    """Ends a run in its folder and in the store, which gets what it lacks; one of a damaged spool, too."""
+    try:
+        end_from_outside(Path(dead.run_dir), "KILLED", "the process was gone")
+        deliver(Path(dead.run_dir), uri)
+    except StorageError:
+        _mark(client, dead)
+
+
+def _mark(client: "MlflowClient", dead: DeadRun) -> None:
+    client.set_terminated(dead.run_id, status="KILLED", end_time=int((time.time() - dead.silent_s) * 1000))
 
 
 def _is_here(folder: Path, run: str) -> bool:

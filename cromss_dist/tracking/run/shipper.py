@@ -4,14 +4,18 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from cromss_dist.errors import CromssError
 from cromss_dist.tracking.run.replica import Replica
 from cromss_dist.tracking.store import brief
 
-INTERVAL_S = 2.0  # between two looks into the spool
+INTERVAL_S = 5.0  # between two looks into the spool: a request costs 10 ms before its first point
 HEARTBEAT_S = 60.0
+# Of the time, that sending may take while the run trains: MLflow's client is Python, and while that computes, training does not.
+SHARE = 0.03
+_LONGEST_REST_S = 10.0  # the first import of MLflow alone takes seconds
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # after an error
 
 
@@ -22,12 +26,14 @@ class Delivery:
     run_id: str | None  # of the run in MLflow; None while the store has not all of it
     registered: dict[str, int]  # model name -> version
     problem: str | None = None  # why something is left
+    refused: dict[str, CromssError] = field(default_factory=dict)  # model name -> why that encoder cannot be registered
 
 
 class Shipper:
     """A thread that sends the spool of a run while it is written. No error of the store reaches the run.
 
-    What cannot be sent is tried again after 1, 2, 4 ... 60 s. MLflow is imported in the thread: that takes seconds.
+    What cannot be sent is tried again after 1, 2, 4 ... 60 s. MLflow is imported in the thread: that takes seconds. So that it
+    takes little from the run, it computes for a small share of the time; what a run writes faster than that is sent at its end.
 
     Args:
         run_dir: Folder of the run.
@@ -39,7 +45,8 @@ class Shipper:
     """
 
     def __init__(self, run_dir: Path, uri: str, tell: Callable[[str], None]) -> None:
-        self._replica = Replica(run_dir, uri, tell)
+        self._replica = Replica(run_dir, uri, tell, pause=self._rest)
+        self._rested_s = 0.0  # CPU time of the thread when it last rested
         self._tell = tell
         self._problem: str | None = None
         self._delivered = False
@@ -59,9 +66,10 @@ class Shipper:
         self._closing.set()
         self._thread.join(patience_s)
         self._given_up.set()
+        registered, refused = dict(self._replica.registered), dict(self._replica.refused)
         if self._delivered:
-            return Delivery(self._replica.run_id, dict(self._replica.registered))
-        return Delivery(None, dict(self._replica.registered), self._problem or f"no reply within {patience_s:g} s")
+            return Delivery(self._replica.run_id, registered, refused=refused)
+        return Delivery(None, registered, self._problem or f"not all of it within {patience_s:g} s", refused)
 
     def _run(self) -> None:
         pause_s, next_beat_s = 0.0, 0.0
@@ -86,7 +94,14 @@ class Shipper:
             if closing:
                 self._given_up.wait(min(pause_s, _FIRST_PAUSE_S))
             else:
+                self._rest()
                 self._closing.wait(pause_s or INTERVAL_S)
+
+    def _rest(self) -> None:
+        """Leaves the interpreter to the run until the thread's share of the time is as small as it may be."""
+        computed_s = time.thread_time() - self._rested_s
+        self._closing.wait(min(computed_s / SHARE, _LONGEST_REST_S))
+        self._rested_s = time.thread_time()
 
     def _note(self, error: Exception) -> None:
         """Tells of the first error in a row."""
@@ -115,9 +130,8 @@ def deliver(
 
     Raises:
         RegistryError: the store cannot be reached, or refuses.
-        PackageError: an encoder that is to be registered is not whole.
         StorageError: the spool cannot be read.
     """
     replica = Replica(run_dir, uri, tell, again)
     replica.send(progress)
-    return Delivery(replica.run_id, dict(replica.registered))
+    return Delivery(replica.run_id, dict(replica.registered), refused=dict(replica.refused))

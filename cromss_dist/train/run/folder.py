@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class RunSummary:
     after: dict[str, float]  # and after the last
     registered: dict[str, int]  # model name -> version of what the registry has
     packages: dict[str, str]  # modality -> folder
+    refused: dict[str, str] = field(default_factory=dict)  # model name -> error, of what the registry cannot have
 
 
 def write_summary(run_dir: Path, summary: RunSummary) -> None:

@@ -64,7 +64,7 @@ class Record:
             step: 0, or that of the checkpoint from which it goes on.
         """
         self.run_id = self._spool.begin(name, experiment)
-        number = 1 + sum(event["event"] == "attempt" for event in read_events(self.run_dir))
+        number = 1 + sum(1 for _ in read_events(self.run_dir, "attempt"))
         self.event("attempt", number=number, step=step)
         self.event("tags", values=dict(tags))
         if self._uri is not None:

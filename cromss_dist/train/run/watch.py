@@ -40,8 +40,7 @@ def watching(run_dir: Path, console: Console) -> Iterator[None]:
     """Shows the events that a run writes while the block runs; not those that are there when it begins."""
     stop = threading.Event()
     viewer = _Viewer(console)
-    tail = Tail(run_dir / EVENTS_FILE)
-    tail.read()
+    tail = Tail.at_end(run_dir / EVENTS_FILE)
 
     def follow() -> None:
         with viewer:

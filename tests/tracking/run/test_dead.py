@@ -9,7 +9,7 @@ import pytest
 from cromss_dist.tracking.run.dead import end_from_outside, reap
 from cromss_dist.tracking.run.replica import HEARTBEAT_TAG
 from cromss_dist.tracking.run.shipper import deliver
-from cromss_dist.tracking.run.spool import Spool, read_events
+from cromss_dist.tracking.run.spool import EVENTS_FILE, Spool, read_events
 from cromss_dist.tracking.store import connect
 from cromss_dist.train.run.folder import holding
 from tests.tracking.run.recorded import end, expected_points, stored_points, stored_run, write_attempt
@@ -63,8 +63,8 @@ def test_the_dead_are_marked_and_the_living_are_not(store_uri: str, make_run: Ma
     statuses = {name: stored_run(folder, store_uri).info.status for name, folder in runs.items()}
     assert statuses == dict.fromkeys(runs, "RUNNING") | dict.fromkeys(dead, "KILLED") | {"ended": "FINISHED"}
     assert connect(store_uri).get_run(foreign).info.status == "RUNNING", "not one of ours"
-    assert read_events(runs["killed here"])[-1]["status"] == "KILLED"
-    assert read_events(runs["killed elsewhere"])[-1]["event"] != "end"
+    assert list(read_events(runs["killed here"]))[-1]["status"] == "KILLED"
+    assert list(read_events(runs["killed elsewhere"]))[-1]["event"] != "end"
 
 
 def test_a_dead_run_gets_what_its_shipper_had_not_sent_and_can_go_on(store_uri: str, make_run: MakeRun) -> None:
@@ -84,5 +84,13 @@ def test_a_run_is_ended_from_outside_once(tmp_path: Path) -> None:
     write_attempt(tmp_path, range(1, 3))
     assert end_from_outside(tmp_path, "FAILED", "WorkerError: lost")
     assert not end_from_outside(tmp_path, "KILLED", None)
-    last = read_events(tmp_path)[-1]
+    *_, last = read_events(tmp_path)
     assert (last["status"], last["error"]) == ("FAILED", "WorkerError: lost")
+
+
+def test_a_dead_run_of_a_damaged_spool_is_marked_and_holds_up_no_other(store_uri: str, make_run: MakeRun) -> None:
+    damaged, whole = make_run("damaged", 300), make_run("whole", 400)
+    with (damaged / EVENTS_FILE).open("a") as file:
+        file.write("{\n")
+    assert reaped(store_uri) == {"damaged", "whole"}
+    assert {stored_run(folder, store_uri).info.status for folder in (damaged, whole)} == {"KILLED"}

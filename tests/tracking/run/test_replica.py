@@ -1,5 +1,6 @@
 """The copy of a run in a store: equal to the spool, whatever was cut, lost or sent twice (K4, K5)."""
 
+import errno
 import itertools
 import math
 import shutil
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from cromss_dist.errors import PackageError, RegistryError
+from cromss_dist.errors import PackageError, RegistryError, StorageError
 from cromss_dist.tracking.package.folder import card_sha256, check_package
 from cromss_dist.tracking.registry.registry import Registry
 from cromss_dist.tracking.run import replica as module
-from cromss_dist.tracking.run.replica import RUN_TAG, SHIPPED_FILE, read_watermark
+from cromss_dist.tracking.run.replica import RUN_TAG, SHIPPED_FILE, Replica, read_watermark
 from cromss_dist.tracking.run.shipper import deliver
 from cromss_dist.tracking.run.spool import EVENTS_FILE, Spool, run_id_of
 from cromss_dist.tracking.store import connect, sqlite_path
@@ -102,7 +103,9 @@ def test_sending_again_gives_the_same_run(store_uri: str, run_dir: Path, loss: s
         assert (again != first) == (loss == "a deleted run")
         assert stored_points(run_dir, store_uri) == expected_points(run_dir)
         assert stored_run(run_dir, store_uri).info.status == "FINISHED"
-        assert read_watermark(run_dir, store_uri) == (again, (run_dir / EVENTS_FILE).stat().st_size)
+        mark = read_watermark(run_dir, store_uri)
+        assert mark
+        assert (mark.run_id, mark.offset) == (again, (run_dir / EVENTS_FILE).stat().st_size)
 
 
 def test_a_spool_goes_to_any_number_of_stores(store_uri: str, template_store: Path, run_dir: Path, tmp_path: Path) -> None:
@@ -114,9 +117,10 @@ def test_a_spool_goes_to_any_number_of_stores(store_uri: str, template_store: Pa
         add(run_dir, "progress", step=4, samples=16, metrics={"train/lr": 0.2})
     assert len(stored_points(run_dir, other)) == 11
     assert stored_points(run_dir, store_uri) == expected_points(run_dir)
-    assert {read_watermark(run_dir, uri)[0] for uri in (store_uri, other)} == {
-        stored_run(run_dir, uri).info.run_id for uri in (store_uri, other)
-    }
+    for uri in (store_uri, other):
+        mark = read_watermark(run_dir, uri)
+        assert mark
+        assert mark.run_id == stored_run(run_dir, uri).info.run_id
 
 
 _MUTATING = ("create_run", "log_batch", "log_inputs", "log_artifact", "log_artifacts", "set_tag", "set_terminated", "update_run",
@@ -213,30 +217,118 @@ def test_an_encoder_is_registered_once_and_takes_no_alias_from_a_newer_one(
     ]
 
 
-def test_a_package_that_was_replaced_is_not_registered_under_the_old_name(
+def test_an_encoder_that_cannot_be_registered_is_told_and_noted_and_holds_nothing_up(
     store_uri: str, run_dir: Path, encoder_package: Path
 ) -> None:
     write_attempt(run_dir, range(1, 3))
-    register(run_dir, encoder_package)
-    add(run_dir, "register", package="encoders/s2", card="0" * 64, model="m", alias="candidate")
+    register(run_dir, encoder_package, "tampered")
+    for model, alias in (("whole", "candidate"), ("badly named", "candidate"), ("badly-pointed", "latest")):
+        card = card_sha256(check_package(encoder_package))
+        shutil.copytree(encoder_package, run_dir / "encoders" / model)
+        add(run_dir, "register", package=f"encoders/{model}", card=card, model=model, alias=alias)
+    add(run_dir, "register", package="encoders/whole", card="0" * 64, model="replaced", alias="candidate")
+    end(run_dir)
+    weights = run_dir / "encoders/s2/encoder.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
     told: list[str] = []
-    deliver(run_dir, store_uri, tell=told.append)
-    assert [entry.version for entry in Registry(store_uri).list()] == [1]
-    assert any("another encoder by now" in text for text in told)
+    delivery = deliver(run_dir, store_uri, tell=told.append)
+    kinds = {"tampered": PackageError, "badly named": RegistryError, "badly-pointed": RegistryError, "replaced": PackageError}
+    assert {model: type(error) for model, error in delivery.refused.items()} == kinds
+    assert delivery.registered == {"whole": 1}
+    assert stored_points(run_dir, store_uri) == expected_points(run_dir)
+    run = stored_run(run_dir, store_uri)
+    assert run.info.status == "FINISHED"
+    assert {key for key in run.data.tags if key.startswith("refused/")} == {f"refused/{model}" for model in kinds}
+    assert all(any(text.startswith(f"{model} is not registered: ") for text in told) for model in kinds)
+    mark = read_watermark(run_dir, store_uri)
+    assert mark
+    assert set(mark.unregistered) == kinds.keys()
+    weights.write_bytes(content)
+    delivery = deliver(run_dir, store_uri)
+    assert delivery.registered == {"whole": 1, "tampered": 1}
+    assert "refused/tampered" not in stored_run(run_dir, store_uri).data.tags
 
 
-def test_a_package_that_is_not_whole_is_an_error_and_what_comes_after_it_waits(
-    store_uri: str, run_dir: Path, encoder_package: Path
+def test_a_store_that_goes_away_while_it_registers_refuses_nothing(
+    store_uri: str, run_dir: Path, encoder_package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    def away(*_: object, **__: object) -> None:
+        raise MlflowException("connection refused")
+
     write_attempt(run_dir, range(1, 3))
     register(run_dir, encoder_package)
-    content = (run_dir / "encoders/s2/encoder.safetensors").read_bytes()
-    (run_dir / "encoders/s2/encoder.safetensors").write_bytes(content[:-1])
-    with pytest.raises(PackageError):
-        deliver(run_dir, store_uri)
+    for call in ("create_registered_model", "log_artifacts", "get_run", "set_registered_model_alias"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, call, away)
+            with pytest.raises(RegistryError, match="connection refused"):
+                deliver(run_dir, store_uri)
+    delivery = deliver(run_dir, store_uri)
+    assert (delivery.registered, delivery.refused) == ({"m": 1}, {})
+
+
+def test_of_a_run_that_registers_again_the_last_encoder_is_the_one(store_uri: str, run_dir: Path, encoder_package: Path) -> None:
+    write_attempt(run_dir, range(1, 3))
+    add(run_dir, "register", package="encoders/s2", card="0" * 64, model="m", alias="candidate")  # whose package is no more
+    register(run_dir, encoder_package)
+    delivery = deliver(run_dir, store_uri)
+    assert (delivery.registered, delivery.refused) == ({"m": 1}, {})
+
+
+def test_what_was_deleted_while_a_run_is_sent_is_there_again(store_uri: str, run_dir: Path) -> None:
+    replica = Replica(run_dir, store_uri, tell=lambda text: None)
+    write_attempt(run_dir, range(1, 5))
+    replica.send()
+    connect(store_uri).delete_run(str(replica.run_id))
+    write_attempt(run_dir, range(5, 9), number=2)
+    with pytest.raises(RegistryError, match="must be in the 'active' state"):
+        replica.send()
+    replica.send()
     assert stored_points(run_dir, store_uri) == expected_points(run_dir)
-    (run_dir / "encoders/s2/encoder.safetensors").write_bytes(content)
-    assert deliver(run_dir, store_uri).registered == {"m": 1}
+
+
+def test_a_line_that_was_taken_out_of_a_spool_hides_no_later_one(store_uri: str, run_dir: Path) -> None:
+    write_attempt(run_dir, range(1, 9))
+    deliver(run_dir, store_uri)
+    path = run_dir / EVENTS_FILE
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:5] + lines[6:]))
+    write_attempt(run_dir, range(9, 11), number=2)
+    deliver(run_dir, store_uri)
+    steps = [step for key, step, _ in stored_points(run_dir, store_uri) if key == "train/lr"]
+    assert steps == list(range(1, 11))
+
+
+def test_a_damaged_line_is_sent_past_by_nobody(store_uri: str, run_dir: Path) -> None:
+    write_attempt(run_dir, range(1, 4))
+    for damaged in ('{"event": "progress", "time": 1.0, "step": 4}', '["event"]', "{\x00", '{"event": "tags", "time": "x"}'):
+        with (run_dir / EVENTS_FILE).open("a") as file:
+            file.write(f"{damaged}\n")
+        write_attempt(run_dir, range(4, 6), number=2)
+        replica = Replica(run_dir, store_uri, tell=lambda text: None)
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"was damaged.*Take that line out"):
+                replica.send()
+        path = run_dir / EVENTS_FILE
+        path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if damaged not in line))
+        replica.send()
+        assert stored_points(run_dir, store_uri) == expected_points(run_dir)
+
+
+def test_a_folder_that_takes_no_watermark_costs_only_time(store_uri: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    write_attempt(run_dir, range(1, 9))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refuse)
+        for _ in range(2):
+            deliver(run_dir, store_uri)
+    assert read_watermark(run_dir, store_uri) is None
+    assert stored_points(run_dir, store_uri) == expected_points(run_dir)
 
 
 def test_a_file_that_is_gone_is_told_and_holds_nothing_up(store_uri: str, run_dir: Path) -> None:

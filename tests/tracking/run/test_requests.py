@@ -1,10 +1,14 @@
 """The fold: what a spool asks of MLflow is a function of its lines, however they are cut into readings."""
 
+import json
 import math
 import random
 from typing import Any
 
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
+
 from cromss_dist.tracking.run.requests import DatasetUse, Fold, Registration, flatten
+from cromss_dist.tracking.store import connect
 
 
 def line(event: str, time: float = 1.0, **values: Any) -> dict[str, Any]:
@@ -38,8 +42,11 @@ RUN = [
 
 def asked(lines: list[dict[str, Any]], cuts: list[int]) -> tuple[Any, ...]:
     """What all readings together ask for."""
-    fold = Fold()
-    every = [fold.add(lines[start:stop]) for start, stop in zip([0, *cuts], [*cuts, len(lines)], strict=True)]
+    fold, every = Fold(), []
+    for start, stop in zip([0, *cuts], [*cuts, len(lines)], strict=True):
+        every.append(fold.add(lines[start:stop]))
+        if fold.run is not None:  # as a start that finds a watermark does
+            fold = Fold.of(json.loads(json.dumps(fold.state())))
     params: dict[str, str] = {}
     tags: dict[str, str] = {}
     artifacts: dict[str, str] = {}
@@ -50,7 +57,7 @@ def asked(lines: list[dict[str, Any]], cuts: list[int]) -> tuple[Any, ...]:
         artifacts |= requests.artifacts
     points = [(point.key, point.step, point.value, point.time_ms) for requests in every for point in requests.points]
     statuses = [requests.status for requests in every if requests.status]
-    others = [use for requests in every for use in [*requests.datasets, *requests.registrations]]
+    others = [*(use for requests in every for use in requests.datasets), *fold.registrations.values()]
     return fold.run, params, tags, points, artifacts, others, statuses[-1]
 
 
@@ -109,6 +116,38 @@ def test_a_run_that_goes_on_after_its_end_is_running() -> None:
 def test_values_are_no_longer_than_mlflow_takes() -> None:
     requests = Fold().add([line("params", values={"a": "x" * 10_000}), line("tags", values={"b": "x" * 10_000})])
     assert (len(requests.params["a"]), len(requests.tags["b"])) == (6000, 5000)
+
+
+def test_what_mlflow_refuses_is_changed_and_stays_apart(store_uri: str) -> None:
+    """Names and text as file names and users may have them; a refusal would hold up all that comes after it."""
+    names = ["a b", "IoU #1", "IoU %1", "x" * 251, "x" * 252, "a//b", "../a", "/a", "", ".", "é", "a\n", "a\0", "\udcff", "a/"]
+    lines = [
+        *RUN[:3],
+        line("params", values={name: f"{name}\0\udcff" for name in names} | {f"p{n}": "v" for n in range(250)}),
+        line("tags", values={f"t {name}": f"{name}\0\udcff" for name in names} | {f"t{n}": "v" for n in range(250)}),
+        line("progress", -5.0, step=1, samples=4, metrics={name: float(n) for n, name in enumerate(names)}),
+        line("progress", step=2, samples=10**400, metrics={"huge": 1.7e308, "tiny": 5e-324, "no number": -math.inf}),
+        line("dataset", name="d" * 600, digest="f" * 64, source="s" * 70_000),
+    ]
+    fold = Fold()
+    requests = fold.add(lines)
+    keys = {point.key for point in requests.points} - {"huge", "tiny", "no number", "train/samples"}
+    assert len(keys) == len(names)
+    assert {"a b", "é"} <= keys, "what it takes stays"
+    assert Fold.of(json.loads(json.dumps(fold.state()))) == fold
+    client = connect(store_uri)
+    run_id = client.create_run("0").info.run_id
+    client.log_batch(
+        run_id,
+        [Metric(point.key, point.value, point.time_ms, point.step) for point in requests.points],
+        [Param(key, value) for key, value in requests.params.items()],
+        [RunTag(key, value) for key, value in requests.tags.items()],
+    )
+    (use,) = requests.datasets
+    client.log_inputs(run_id, [DatasetInput(Dataset(use.name, "f", "local", use.source))])
+    data = client.get_run(run_id).data
+    assert len(data.params) == len(names) + 250
+    assert data.metrics.keys() == {point.key for point in requests.points}
 
 
 def test_nested_parameters_get_dotted_keys() -> None:

@@ -4,6 +4,7 @@ import random
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -36,6 +37,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks and retries follow each other at once."""
     monkeypatch.setattr(shipper, "INTERVAL_S", 0.01)
     monkeypatch.setattr(shipper, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(shipper, "SHARE", 1e9)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -114,7 +116,8 @@ def test_a_store_that_is_away_at_first_and_again_later_gets_everything(store_uri
     sending = Shipper(run_dir, store_uri, told.append)
 
     def sent() -> bool:
-        return read_watermark(run_dir, store_uri)[1] == (run_dir / EVENTS_FILE).stat().st_size
+        mark = read_watermark(run_dir, store_uri)
+        return mark is not None and mark.offset == (run_dir / EVENTS_FILE).stat().st_size
 
     write_attempt(run_dir, range(1, 21))
     wait_until(lambda: away.asked > 2)
@@ -169,7 +172,7 @@ def test_a_store_that_never_answers_holds_no_line_up(store_uri: str, run_dir: Pa
     write_attempt(run_dir, range(3, 500), number=2)  # all of it, while the store hangs
     delivery = sending.close(patience_s=0.05)
     assert delivery.run_id is None
-    assert delivery.problem == "no reply within 0.05 s"
+    assert delivery.problem == "not all of it within 0.05 s"
     answer.set()
     sending._thread.join(LONG_S)
     deliver(run_dir, store_uri)
@@ -182,7 +185,7 @@ def test_a_locked_database_costs_no_line(store_uri: str, run_dir: Path) -> None:
         sending = Shipper(run_dir, store_uri, tell=lambda text: None)
         write_attempt(run_dir, range(1, 200))
         end(run_dir)
-        assert read_watermark(run_dir, store_uri) == (None, 0)
+        assert read_watermark(run_dir, store_uri) is None
         database.rollback()
     assert sending.close(LONG_S).problem is None
     assert stored_points(run_dir, store_uri) == expected_points(run_dir)
@@ -194,8 +197,8 @@ def test_a_run_that_lives_gives_signs_of_life_even_if_it_was_taken_for_dead(
     monkeypatch.setattr(shipper, "HEARTBEAT_S", 0.0)
     write_attempt(run_dir, range(1, 3))
     sending = Shipper(run_dir, store_uri, tell=lambda text: None)
-    wait_until(lambda: read_watermark(run_dir, store_uri)[0] is not None)
-    client, run_id = connect(store_uri), str(read_watermark(run_dir, store_uri)[0])
+    wait_until(lambda: read_watermark(run_dir, store_uri) is not None)
+    client, run_id = connect(store_uri), stored_run(run_dir, store_uri).info.run_id
     client.set_tag(run_id, HEARTBEAT_TAG, "0")
     client.set_terminated(run_id, status="KILLED")
     wait_until(lambda: client.get_run(run_id).info.status == "RUNNING")
@@ -213,6 +216,35 @@ def test_a_spool_that_was_damaged_ends_no_run(store_uri: str, run_dir: Path) -> 
     sending = Shipper(run_dir, store_uri, told.append)
     wait_until(lambda: bool(told))
     assert "was damaged" in str(sending.close(LONG_S, 0.05).problem)
+
+
+def test_an_error_without_words_is_told_and_the_run_is_sent_later(
+    store_uri: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise TimeoutError
+
+    told: list[str] = []
+    write_attempt(run_dir, range(1, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(replica.Replica, "_ask", fail)
+        sending = Shipper(run_dir, store_uri, told.append)
+        wait_until(lambda: bool(told))
+    assert told[0].endswith("the run goes on: TimeoutError")
+    assert sending.close(LONG_S).problem is None
+
+
+def test_sending_takes_a_small_share_of_the_time_of_a_run_that_trains(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float | None] = []
+    clock = iter([2.0, 2.0, 2.5, 2.5])
+    monkeypatch.setattr(shipper, "SHARE", 0.1)
+    monkeypatch.setattr(Shipper, "_run", lambda self: None)
+    sending = Shipper(run_dir, "sqlite:///s", tell=lambda text: None)
+    monkeypatch.setattr(time, "thread_time", lambda: next(clock))
+    monkeypatch.setattr(sending._closing, "wait", lambda seconds: rests.append(seconds))
+    sending._rest()
+    sending._rest()
+    assert rests == [10.0, 5.0], "seconds for 2 s, of which an import may be most, and for 0.5 s"
 
 
 def test_a_store_that_is_not_there_yet_is_made(run_dir: Path, template_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
