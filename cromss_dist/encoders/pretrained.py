@@ -124,6 +124,8 @@ class PretrainedEncoder(nn.Module):
     def to_timm(self) -> nn.Module:
         """timm's feature extractor with these weights; its last `len(card.strides)` maps are bit-equal.
 
+        Families whose maps timm keeps as (B, H, W, C), such as Swin and MambaOut, give them so.
+
         Raises:
             ConfigError: timm has no twin of this encoder (ResNet, ResNeXt and `tu-` encoders have one).
         """

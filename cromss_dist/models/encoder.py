@@ -51,8 +51,9 @@ def build_encoder(name: str, depth: int, in_channels: int) -> nn.Module:
         encoder: nn.Module = get_encoder(name, in_channels=in_channels, depth=depth, weights=None)
         return remove_unused(encoder, in_channels)
     except (ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).rstrip(".") or f"it fails on squares of {PROBE_PX} px"
         raise ConfigError(
-            f"model.encoder={name!r} cannot be built with depth {depth}: {error}. Choose another encoder or depth."
+            f"model.encoder={name!r} cannot be built with depth {depth}: {reason}. Choose another encoder or depth."
         ) from error
 
 
@@ -81,17 +82,30 @@ def remove_unused(encoder: nn.Module, in_channels: int) -> nn.Module:
 
     Returns:
         `encoder`, in the mode (train or eval) it came in.
+
+    Raises:
+        ConfigError: it does not work without them, as timm's HRNets, which add up maps that nobody takes.
     """
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()  # BatchNorm keeps its statistics, dropout draws no random number
     device = next(encoder.parameters()).device
     with torch.enable_grad():
-        features = encoder(torch.zeros(1, in_channels, PROBE_PX, PROBE_PX, device=device))
+        probe = torch.zeros(1, in_channels, PROBE_PX, PROBE_PX, device=device)
+        features = encoder(probe)
         parameters = [p for p in encoder.parameters() if p.requires_grad]
         total = torch.stack([feature.sum() for feature in features[1:] if feature.requires_grad]).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     used = {p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-    _remove(encoder, used)
+    if len(used) < len(parameters):
+        _remove(encoder, used)
+        try:
+            with torch.no_grad():
+                encoder(probe)
+        except (TypeError, RuntimeError, AttributeError, IndexError) as error:
+            raise ConfigError(
+                f"This encoder does not work without the stages that its depth leaves unused ({error}). Choose another encoder "
+                "or the depth that uses all."
+            ) from error
     for module in encoder.modules():
         module.training = modes.get(module, encoder.training)
     return encoder

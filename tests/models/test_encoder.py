@@ -140,6 +140,11 @@ def test_an_encoder_that_needs_a_fixed_input_size_is_refused() -> None:
         build_encoder("tu-swin_tiny_patch4_window7_224", 4, 2)
 
 
+def test_an_encoder_that_needs_its_unused_stages_is_refused_before_it_trains() -> None:
+    with pytest.raises(ConfigError, match="does not work without the stages that its depth leaves unused"):
+        build_encoder("tu-hrnet_w18_small", 3, 2)  # adds up maps of all resolutions
+
+
 def test_loading_names_keys_and_shapes_that_do_not_fit() -> None:
     encoder = build_encoder("resnet18", 3, 2)
     state = encoder.state_dict()
