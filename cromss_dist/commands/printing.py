@@ -26,6 +26,11 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         return
     table = Table(*header, title=title, show_header=any(header), title_justify="left")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: names and tags are not rich's markup
+        table.add_row(*(Text(_shown(cell)) for cell in row))  # Text: names and tags are not rich's markup
     # A pipe has no width: nothing must be cut there.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _shown(text: str) -> str:
+    """With what steers a terminal spelt out: some of what is shown anyone may have written."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

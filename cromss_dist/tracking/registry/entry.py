@@ -49,10 +49,20 @@ class RegisteredEncoder:
 
     @classmethod
     def of(cls, version: "ModelVersion", aliases: tuple[str, ...] | None = None) -> "RegisteredEncoder":
-        """From MLflow's own; `aliases` where it does not carry them."""
+        """From MLflow's own; `aliases` where it does not carry them.
+
+        Raises:
+            RegistryError: it is none, as in the answer of a server that is not MLflow's.
+        """
+        number = str(version.version)  # a number from a database, text from a server
+        if not version.name or not re.fullmatch("[0-9]+", number):
+            raise RegistryError(
+                f"The store answered with version {number!r} of model {version.name!r}, which is none. Is it a server of MLflow, "
+                "or something in between?"
+            )
         return cls(
             version.name,
-            int(version.version),  # a number from a database, text from a server
+            int(number),
             tuple(sorted(version.aliases if aliases is None else aliases)),
             version.run_id or "",
             version.source or "",
@@ -95,14 +105,14 @@ class RegisteredEncoder:
         bands = self.facts.get("bands")
         return tuple(bands) if isinstance(bands, list) and all(isinstance(band, str) for band in bands) else ()
 
-    @property
+    @cached_property
     def metrics(self) -> dict[str, float]:
         """The card's metrics; what is no finite number is left out."""
         content = self.facts.get("metrics")
         figures = content.items() if isinstance(content, dict) else ()
         return {key: float(value) for key, value in figures if _is_figure(value)}
 
-    @property
+    @cached_property
     def evidence(self) -> dict[str, Evidence]:
         """Key ('dw.frozen.miou') to what was measured downstream; a tag that is no evidence, or another key's, is left out."""
         found = {}

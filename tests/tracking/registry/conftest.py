@@ -49,10 +49,9 @@ def template_registry(template_store: Path, encoder_package: Path, tmp_path_fact
     return folder, run_id
 
 
-@pytest.fixture
-def registry(template_registry: tuple[Path, str], tmp_path: Path) -> Registry:
-    """A copy of `template_registry`, as if made where it is, by another run: MLflow remembers where the files of a run are."""
-    (there, its_run), folder, run = template_registry, tmp_path / "registered", uuid4().hex
+def copy_registry(template: tuple[Path, str], folder: Path) -> Registry:
+    """A copy of a store and its one run, as if another run had made it in `folder`: MLflow remembers where a run's files are."""
+    (there, its_run), run = template, uuid4().hex
     shutil.copytree(there, folder)
     its_files = folder / "artifacts" / its_run
     its_files.rename(its_files.with_name(run))
@@ -69,6 +68,12 @@ def registry(template_registry: tuple[Path, str], tmp_path: Path) -> Registry:
             replaced = f"replace(replace({column}, ?, ?), ?, ?)"
             database.execute(f"UPDATE {table} SET {column} = {replaced}", (str(there), str(folder), its_run, run))
     return Registry(f"sqlite:///{folder / 'mlflow.db'}")
+
+
+@pytest.fixture
+def registry(template_registry: tuple[Path, str], tmp_path: Path) -> Registry:
+    """A registry with version 1 of one model, alias 'candidate'."""
+    return copy_registry(template_registry, tmp_path / "registered")
 
 
 @pytest.fixture

@@ -37,7 +37,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", [pytest.param(p, marks=() if p in ("created", "recorded") else pytest.mark.slow) for p in PLACES]
+)
 def test_a_registering_that_is_cut_leaves_nothing_false_and_can_be_repeated(
     place: str, registry: Registry, run_id: str, make_package: MakePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +135,13 @@ def test_a_package_that_is_two_versions_is_told(
     registry.register(make_package("same"), NAME, run_id)
     assert problems(registry) == [(f"{NAME}/2", "twice")]
     retire(registry, f"{NAME}/1", "the same as 2")
+    assert problems(registry) == []
+
+
+def test_models_of_others_are_nobodys_business(registry: Registry) -> None:
+    registry.client.create_registered_model("churn-forest")
+    registry.client.create_model_version("churn-forest", "/of/others", await_creation_for=0)
+    registry.client.set_registered_model_alias("churn-forest", "production", "1")
     assert problems(registry) == []
 
 

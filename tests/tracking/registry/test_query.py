@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,13 @@ def test_a_tag_that_is_no_facts_says_nothing(text: str) -> None:
     assert (one.bands, one.metrics) == ((), {})
     wrong_key = {"evidence/dw.frozen.oa": measured(0.6).to_json(), "evidence/x": text}
     assert entry(**wrong_key).evidence == {}
+
+
+def test_an_answer_that_is_no_version_is_refused() -> None:
+    for name, version in (("", ""), ("m", ""), ("m", "x"), ("m", "1.5"), ("", "1"), (None, None)):
+        answer: Any = SimpleNamespace(name=name, version=version)
+        with pytest.raises(RegistryError, match=r"which is none\. Is it a server of MLflow"):
+            RegisteredEncoder.of(answer)
 
 
 def test_what_is_no_finite_number_is_no_figure() -> None:
