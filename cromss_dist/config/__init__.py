@@ -8,9 +8,10 @@ from cromss_dist.config.data import DataConfig, FilterConfig, ReadingConfig
 from cromss_dist.config.engine import BatchPlan, EngineConfig, plan_batches, valid_worlds
 from cromss_dist.config.operation import CheckpointConfig, FaultConfig, LaunchConfig, TrackingConfig
 from cromss_dist.config.recipe import LossConfig, ModelConfig, TrainConfig
-from cromss_dist.config.run import RunConfig
+from cromss_dist.config.run import BaseRunConfig, RunConfig
 
 __all__ = [
+    "BaseRunConfig",
     "BatchPlan",
     "CheckpointConfig",
     "DataConfig",
