@@ -27,6 +27,8 @@ LAYERS = {
     "cromss_dist.plan": 4,
     "cromss_dist.doctor": 4,
     "cromss_dist.encoders": 4,
+    "cromss_dist.noise": 4,
+    "cromss_dist.transfer": 4,
     "cromss_dist.commands": 4,
     "cromss_dist.cli": 4,
     "launch": 5,
