@@ -16,7 +16,8 @@ from cromss_dist.data.loading.augment import eval_geometry, prepare
 from cromss_dist.losses import CromssLoss
 from cromss_dist.schema import MODALITIES, REFERENCE_ARRAY, Batch, Example, Modality
 from cromss_dist.tracking.panels import PanelSample, draw_panels
-from cromss_dist.train.figures.metrics import ConfusionMatrix, Scores
+from cromss_dist.train.figures.metrics import ConfusionMatrix
+from cromss_dist.train.figures.scores import Scores
 from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.step.engine import Engine
 from cromss_dist.world import World

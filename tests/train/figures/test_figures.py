@@ -4,13 +4,14 @@ import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cromss_dist.config import FaultConfig, LossConfig
 from cromss_dist.losses import CromssLoss
 from cromss_dist.schema import CLASS_NAMES, MODALITIES, NUM_CLASSES
 from cromss_dist.train.figures.meter import PAUSES, STEP_PHASES, Meter
-from cromss_dist.train.figures.metrics import Scores
+from cromss_dist.train.figures.scores import Scores
 from cromss_dist.train.safety.guard import Guard
 from cromss_dist.train.validation import Validation
 from cromss_dist.world import World
@@ -40,6 +41,6 @@ def test_every_figure_is_in_the_table_and_no_other() -> None:
     trained = meter.read(ALONE, 0.1, 1.0, 1.0, num_replaced=0, counters=Guard(FaultConfig(), ALONE).counters)
 
     losses = {name: 0.0 for name in loss.validation_loss(loss.validation_sums(logits[0], logits[1], label))}
-    scores: dict[str, Scores] = {modality: Scores(0.5, 0.5, dict.fromkeys(CLASS_NAMES, 0.5)) for modality in MODALITIES}
+    scores: dict[str, Scores] = {modality: Scores.of(np.ones((NUM_CLASSES, NUM_CLASSES)), CLASS_NAMES) for modality in MODALITIES}
     validated = Validation(losses, scores, scores, ()).metrics()
     assert {*trained, *validated, *OF_THE_RECORD} == documented()
