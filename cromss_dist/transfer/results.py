@@ -97,6 +97,7 @@ class TransferResult:
         tiles: Test tiles that were scored.
         decoder: 'deeplabv3plus' and so on; '' = none.
         variant: What the encoders are called in tables; '' = by their refs. Runs of one variant are repetitions of each other.
+        replicate: Tells encoders of one variant apart, as pretrained with another seed; pairs are of equal ones.
         steps: Optimiser steps.
         samples: Training samples seen.
         seconds: Wall time of training and evaluation.
@@ -120,6 +121,7 @@ class TransferResult:
     tiles: int
     decoder: str = ""
     variant: str = ""
+    replicate: int = 0
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -167,8 +169,13 @@ class TransferResult:
         """What the encoders are called in tables."""
         if self.variant:
             return self.variant
+        return " + ".join(self.encoder_refs)
+
+    @property
+    def encoder_refs(self) -> tuple[str, ...]:
+        """What each encoder is, S1's first."""
         used = [self.encoders[m] for m in MODALITIES if m in self.encoders]
-        return " + ".join(e.ref if e.init == "pretrained" else f"random {e.encoder}" for e in used)
+        return tuple(e.ref if e.init == "pretrained" else f"random {e.encoder}" for e in used)
 
     def to_json(self) -> str:
         """As `from_json` reads it."""
@@ -229,6 +236,8 @@ def _same(one: object, other: object) -> bool:
 @dataclass(frozen=True)
 class Tiles:
     """The test set tile by tile, in the order of keys.
+
+    Tiles are what intervals take for independent, so a location is one tile: its seasons are added up.
 
     Args:
         keys: N distinct keys, sorted.
