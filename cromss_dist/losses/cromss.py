@@ -4,6 +4,7 @@ Everything is first a sum over pixels, then summed over ranks, then divided: one
 give the same number. Shapes: B batch, C classes, H x W px; index 0 is S1, 1 is S2.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from cromss_dist.losses.consistency import consistency_sum
 from cromss_dist.losses.counts import Counts, count
 from cromss_dist.losses.reliability import reliability
 from cromss_dist.losses.selection import ReduceSum, consistency_weights, keep_ratio, ramp, selection_weights
-from cromss_dist.schema import IGNORE, MODALITIES, NUM_CLASSES
+from cromss_dist.schema import CLASS_NAMES, IGNORE, MODALITIES
 
 # Keeps 1 / sum(w) finite in float32, and still so under fp16 loss scaling; smaller sums of weights mean no data.
 _WEIGHT_EPS = 1e-30
@@ -31,8 +32,7 @@ class LossOutput:
 
     `parts` are detached float32 scalars: `segmentation_s1`, `ce_s1`, `dice_s1`, `focal_s1` (those configured), `consistency_s1`
     (into S1, unless 'none'), `kept_s1` (mean selection weight of the labelled pixels, in [0, 1]), and the same for s2. With
-    `consistency_reliability` also `reliability_s1`, S1's mean reliability as S2's teacher, and `reliability_s1/0` to
-    `reliability_s1/C-1`, that of the class it predicts, in [0, 1] (`losses/reliability.py`).
+    `consistency_reliability` also `reliability_s1/<class>`, how far S1 may pull S2 to that class, in [0, 1].
     """
 
     total: Tensor  # float32 scalar; its gradient is scaled by the world size, see CromssLoss
@@ -77,7 +77,7 @@ class CromssLoss:
     Args:
         config: The loss section of the run. Its scope: 'global' and 'micro' see the pixels of a call on all ranks, and differ
             in what one call is given, all micro batches of a step or one; 'local' sets `reduce_sum` and `world_size` aside.
-        num_classes: C.
+        class_names: Of the C classes.
         reduce_sum: Sum of a detached tensor (int64 or float64) over ranks; None in one process. Called the same number of
             times on every rank.
         world_size: Number of ranks that `reduce_sum` sums over.
@@ -87,10 +87,14 @@ class CromssLoss:
     """
 
     def __init__(
-        self, config: LossConfig, num_classes: int = NUM_CLASSES, reduce_sum: ReduceSum | None = None, world_size: int = 1
+        self,
+        config: LossConfig,
+        class_names: Sequence[str] = CLASS_NAMES,
+        reduce_sum: ReduceSum | None = None,
+        world_size: int = 1,
     ) -> None:
         self.config = config
-        self.num_classes = num_classes
+        self.class_names, self.num_classes = tuple(class_names), len(class_names)
         alone = reduce_sum is None or config.scope == "local"
         self.reduce_sum: ReduceSum = (lambda x: x) if reduce_sum is None or alone else reduce_sum
         self.world_size = 1 if alone else world_size
@@ -126,7 +130,7 @@ class CromssLoss:
         figures: dict[str, Tensor] = {}
         if self.config.consistency_reliability == "agreement":
             found = reliability(probs, classes, self.reduce_sum)
-            weights, figures = replace(weights, pull=weights.consistency * found.weights), found.figures()
+            weights, figures = replace(weights, pull=weights.consistency * found.weights), found.figures(self.class_names)
         local = self._sums(branches, label, prior, weights)
         # The value is the global sum, the gradient the local one: no collective in the backward pass.
         sums = local + (self.reduce_sum(local.detach()) - local.detach())
