@@ -64,9 +64,7 @@ class SupervisedLoss:
             label: int64 (B, H, W), 255 = ignored.
             sample_weights: float32 (B,), 1, or 0 for a sample without any part in the loss; None for all 1.
         """
-        labelled = label != IGNORE
-        if sample_weights is not None:
-            labelled &= (sample_weights > 0)[:, None, None]
+        labelled = _labelled(label, sample_weights)
         local = self._sums(logits.float(), label, labelled)
         # The value is the global sum, the gradient the local one: no collective in the backward pass.
         sums = local + (self.reduce_sum(local.detach()) - local.detach())
@@ -79,6 +77,16 @@ class SupervisedLoss:
             parts={name: part.detach().float() for name, part in parts.items()},
             counts=torch.stack((labelled.sum(), right.sum())).double(),
         )
+
+    @torch.no_grad()
+    def validation_sums(self, logits: Tensor, label: Tensor, sample_weights: Tensor | None = None) -> Tensor:
+        """A batch's part of the loss of a whole set, to be added up over batches and ranks: float64 (3 + 3 C,)."""
+        return self._sums(logits.float(), label, _labelled(label, sample_weights))
+
+    def validation_loss(self, sums: Tensor) -> dict[str, Tensor]:
+        """The loss of a whole set from its `validation_sums`, added up: float64 scalars, `total` and its parts."""
+        parts = self._from_sums(sums)
+        return {"total": torch.stack(list(parts.values())).sum()} | parts
 
     def _sums(self, logits: Tensor, label: Tensor, labelled: Tensor) -> Tensor:
         """All sums over this rank's pixels, float64 (3 + 3 C,)."""
@@ -102,3 +110,9 @@ class SupervisedLoss:
             "focal": focal / count,
         }
         return {name: parts[name] for name in self.terms}
+
+
+def _labelled(label: Tensor, sample_weights: Tensor | None) -> Tensor:
+    """bool (B, H, W): pixels with a label, of samples that have a part in the loss."""
+    labelled = label != IGNORE
+    return labelled if sample_weights is None else labelled & (sample_weights > 0)[:, None, None]

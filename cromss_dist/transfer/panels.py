@@ -17,7 +17,7 @@ from cromss_dist.tracking.panels import s1_colours, s2_colours
 
 _TILE_IN, _LEFT_IN, _TOP_IN, _LEGEND_ROW_IN = 2.1, 1.6, 0.75, 0.24
 _INK = "#22262b"
-_IGNORED, _RIGHT, _WRONG = (233, 233, 233), (250, 250, 250), (178, 34, 52)
+_IGNORED, _RIGHT, _WRONG = (233, 233, 233), (193, 214, 199), (178, 34, 52)
 _NAMES_A_ROW = 7
 # For classes that have no colour of their own: Okabe and Ito's eight without black, then darker ones of other hues.
 _COLOURS = (
@@ -70,7 +70,7 @@ def draw_tiles(
     names: dict[Modality, str] = {"s2": "Sentinel-2", "s1": "Sentinel-1"}
     seen = {modality: name for modality, name in names.items() if modality in bands}
     columns = [*seen.values(), "label", "prediction", "errors"]
-    legend_rows = -(-(len(class_names) + 2) // _NAMES_A_ROW)
+    legend_rows = -(-(len(class_names) + 3) // _NAMES_A_ROW)
     bottom = 0.15 + _LEGEND_ROW_IN * legend_rows
     width, height = _LEFT_IN + _TILE_IN * len(columns) + 0.1, _TOP_IN + _TILE_IN * len(tiles) + bottom
     figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
@@ -97,7 +97,7 @@ def draw_tiles(
                 wrapped = "\n".join(tile.key[i : i + 22] for i in range(0, len(tile.key), 22))
                 axes.text(-0.04, 0.5, wrapped, transform=axes.transAxes, ha="right", va="center", fontsize=7, color=_INK)
     entries = [(name.replace("_", " "), palette[value]) for value, name in enumerate(class_names)]
-    entries += [("wrong", np.array(_WRONG)), ("ignored", np.array(_IGNORED))]
+    entries += [(name, np.array(colour)) for name, colour in (("right", _RIGHT), ("wrong", _WRONG), ("ignored", _IGNORED))]
     figure.legend(
         handles=[Patch(facecolor=tuple(colour / 255), label=name) for name, colour in entries], loc="lower center",
         ncols=_NAMES_A_ROW, fontsize=8, frameon=False, labelcolor=_INK, handlelength=1.1, bbox_to_anchor=(0.5, 0.0),
