@@ -62,13 +62,14 @@ def _pretrain(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from cromss_dist.parse import parse_run
-    from cromss_dist.pretrain import report, run_in_process
-    from cromss_dist.train.preflight import Preflight
+    from cromss_dist.pretrain.run import run_in_process
+    from cromss_dist.pretrain.task import Pretraining
+    from cromss_dist.train.run.conduct import report
 
     description = "Pretrains in this process, for debugging and small runs; launch/pretrain.py starts many workers."
     parsed = parse_run(options.rest, prog="cromss pretrain", description=description)
     if parsed.dry_run:
-        print(Preflight.of(parsed.config.with_absolute_paths(), world_size=1).describe())
+        print(Pretraining.of(parsed.config.with_absolute_paths(), world_size=1).describe())
         return
     console = Console()
     report(run_in_process(parsed, console), console)

@@ -17,7 +17,7 @@ from cromss_dist.config.operation import OFFLINE, CheckpointConfig, FaultConfig,
 from cromss_dist.config.recipe import LossConfig, ModelConfig, TrainConfig
 
 # Keys that came later: at these values a run is what it was without them, and its digest stays.
-_ADDED: dict[str, dict[str, Any]] = {"train": {"decay_epochs": None}}
+_ADDED: dict[str, dict[str, Any]] = {"train": {"decay_epochs": None}, "loss": {"consistency_reliability": "none"}}
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class BaseRunConfig:
         """Plain nested dict of JSON types."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
 
+    def params(self) -> dict[str, Any]:
+        """The same for MLflow, which takes few signs in the name of a parameter."""
+        return self.to_dict()
+
     @property
     def digest(self) -> str:
         """sha256 (hex) of the resolved config."""
@@ -119,6 +123,13 @@ class RunConfig(BaseRunConfig):
     def with_absolute_paths(self) -> Self:
         """The same config with paths that hold in every worker, whatever its working directory."""
         return replace(super().with_absolute_paths(), data=self.data.with_absolute_paths())
+
+    def params(self) -> dict[str, Any]:
+        """The same for MLflow, which takes few signs in the name of a parameter, and a place may have any."""
+        content = self.to_dict()
+        if isinstance(self.data.shards, dict):
+            content["data"]["shards"] = list(self.data.shards.items())
+        return content
 
     def _content(self) -> dict[str, Any]:
         content = super()._content()

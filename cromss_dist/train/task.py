@@ -7,60 +7,37 @@ examples, loss, scores and what is left at the end are the task's.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from cromss_dist.config import BaseRunConfig, BatchPlan
-from cromss_dist.data.loading.loader import TrainLoader
+from cromss_dist.config import BaseRunConfig, BatchPlan, ReadingConfig
 from cromss_dist.data.loading.plan import TrainPlan
 from cromss_dist.schema import Batch, Example
 from cromss_dist.train.run.folder import RunSummary
 from cromss_dist.train.run.record import Record
+from cromss_dist.train.step.accumulation import Loss
 from cromss_dist.train.step.engine import Engine
 from cromss_dist.train.step.schedule import Timeline
 from cromss_dist.world import World
 
-Scope: TypeAlias = Literal["global", "micro", "local"]
 GoesOn: TypeAlias = Callable[[str], bool]
 """Called on every rank before each batch of a long evaluation, with the place; false gives it up, on all ranks."""
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """The loss of what one call sees: a micro batch, or all micro batches of a step."""
-
-    total: Tensor  # float32 scalar; its gradient is this rank's part times the number of ranks that it sees
-    parts: dict[str, Tensor]  # detached float32 scalars, shown as `train/loss/<name>`
-    counts: Tensor  # float64 (N,) of this rank's pixels; added up over steps and ranks before `TaskLoss.figures` divides
-
-
-class TaskLoss(Protocol):
+class TaskLoss(Loss, Protocol):
     """The loss of a task over the ranks of a run."""
 
-    @property
-    def scope(self) -> Scope:
-        """What one call sees: 'global', all micro batches of a step on all ranks; 'micro', one of each; 'local', one rank's."""
-
-    def __call__(self, logits: Sequence[Tensor], example: Example, progress: float) -> StepLoss:
-        """The training loss; a collective call where it sees other ranks' pixels.
-
-        Args:
-            logits: What the networks return: float (B, C, h, w) each.
-            example: What they saw, and its labels.
-            progress: Epochs trained.
-        """
+    def figures(self, counts: Tensor) -> dict[str, float]:
+        """What added-up `StepLoss.counts` say, under MLflow's names. What has no pixel has no figure."""
 
     def validation_sums(self, logits: Sequence[Tensor], example: Example) -> Tensor:
         """A batch's part of the validation loss, to be added up over batches and ranks: float64 (N,), without gradient."""
 
     def validation_loss(self, sums: Tensor) -> dict[str, Tensor]:
         """The validation loss of added-up sums: float64 scalars, `total` among them."""
-
-    def figures(self, counts: Tensor) -> dict[str, float]:
-        """What added-up `StepLoss.counts` say, under MLflow's names. What has no pixel has no figure."""
 
 
 class Validation(Protocol):
@@ -137,11 +114,12 @@ class Task(Protocol):
         in evaluation mode.
         """
 
+    @property
+    def reading(self) -> ReadingConfig:
+        """How training samples get from files into batches."""
+
     def train_plan(self, plan: BatchPlan, rank: int = 0) -> TrainPlan:
         """What a rank trains on, and when."""
-
-    def train_loader(self, rank: int, pin_memory: bool) -> TrainLoader:
-        """What reads a rank's `train_plan`."""
 
     def example(self, batch: Batch, device: torch.device) -> Example:
         """What networks and loss see of a training batch."""
@@ -149,7 +127,7 @@ class Task(Protocol):
     def loss(self, world: World) -> TaskLoss:
         """The loss over the ranks."""
 
-    def validator(self, world: World, engine: Engine, loss: TaskLoss) -> Validator | None:
+    def validator(self, world: World, engine: Engine) -> Validator | None:
         """What scores the networks; None where nothing is held out, and then `train.schedule` cannot be 'plateau'."""
 
     def finish(self, trained: Trained) -> RunSummary | None:
