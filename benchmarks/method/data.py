@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+
 from benchmarks.method.plan import CONTROLS, Size
 from benchmarks.method.separability import separability
 from cromss_dist.data.archives.open import open_archive
@@ -96,7 +98,7 @@ def parts_of(size: Size) -> Iterator[tuple[Part, Noise]]:
         yield "test", noise
 
 
-def make_datasets(work: Path, size: Size, part: Part, noise: Noise) -> dict[str, Any]:
+def make_datasets(work: Path, size: Size, part: Part, noise: Noise, console: Console) -> dict[str, Any]:
     """Makes an archive and its datasets, and removes the archive.
 
     Returns:
@@ -104,7 +106,7 @@ def make_datasets(work: Path, size: Size, part: Part, noise: Noise) -> dict[str,
     """
     archive = work / "archives" / f"{part}-{noise}"
     report = write_archive(archive, SyntheticConfig(**size.archive_of(part, noise)), overwrite=True)
-    source = open_archive(archive)
+    source: Source = open_archive(archive)
     sources: dict[str, Source]
     match part:
         case "pretraining":
@@ -113,11 +115,15 @@ def make_datasets(work: Path, size: Size, part: Part, noise: Noise) -> dict[str,
             sources = {f"test-{noise}": source} if noise in CONTROLS else {"test": source, "test-tiles": Truth(source, True)}
         case "labelled":
             sources = {"labelled-tiles": Truth(source, True)}
+    (work / "data").mkdir(parents=True, exist_ok=True)
     digests = {name: convert(of, dataset(work, name), overwrite=True, restart=True).digest for name, of in sources.items()}
     shutil.rmtree(archive)
+    console.print(f"{len(source.keys)} places: {', '.join(digests)}")
     return {"report": report.as_json(), "digests": digests}
 
 
-def measure_separability(work: Path) -> dict[str, Any]:
+def measure_separability(work: Path, console: Console) -> dict[str, Any]:
     """How far single pixels give the class away: see `separability`."""
-    return separability(dataset(work, "clean"), dataset(work, "test-tiles"))
+    told = separability(dataset(work, "clean"), dataset(work, "test-tiles"))
+    console.print_json(data=told)
+    return dict(told)

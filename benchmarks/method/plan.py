@@ -40,6 +40,11 @@ class Pretraining:
         return f"{self.variant}{control}-{self.seed}"
 
 
+def pretraining_of(variant: str, seed: int) -> Pretraining:
+    """The pretraining whose encoders are compared with others of that seed."""
+    return Pretraining(variant, "clean" if variant == "clean" else "default", seed)
+
+
 @dataclass(frozen=True)
 class Setting:
     """One kind of transfer.
@@ -133,10 +138,7 @@ class Size:
     @property
     def pretrainings(self) -> tuple[Pretraining, ...]:
         """Every pretraining; controls with the published loss and one seed."""
-        runs = [
-            Pretraining(variant, "clean" if variant == "clean" else "default", seed)
-            for seed, variant in product(range(self.seeds), self.variants)
-        ]
+        runs = [pretraining_of(variant, seed) for seed, variant in product(range(self.seeds), self.variants)]
         controls = [Pretraining("cromss", noise, 0) for noise in self.controls]
         return (*runs, *controls)
 

@@ -19,7 +19,7 @@ from cromss_dist.config import (
 )
 from cromss_dist.config.operation import OFFLINE
 from cromss_dist.parse import CONFIG_FILE, ParsedRun, write_yaml
-from cromss_dist.pretrain import run_in_process
+from cromss_dist.pretrain.run import run_in_process
 
 RAMP_SHARE = 0.4  # of the run, until selection and consistency weights are wholly on
 

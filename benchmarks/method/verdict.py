@@ -1,71 +1,57 @@
 """From scores to what may be said: paired differences, whether the test can rank methods at all, and the gates.
 
-Figures are points: 100 times a score. Differences are between runs of equal setting, seed and labelled tiles, never between
-means, since which tiles are drawn moves a score more than most variants do.
+Differences are between runs of equal setting, seed and labelled tiles (`cromss_dist.transfer.compare`), never between means:
+which tiles are drawn moves a score more than most variants do. They are shares; what is told of them are points, 100 times that.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeAlias
 
-from benchmarks.method.plan import RANDOM, Transfer
+from benchmarks.method.plan import RANDOM, Setting
+from cromss_dist.transfer.compare import Difference, compare
+from cromss_dist.transfer.results import TransferResult
+from cromss_dist.transfer.statistics import Resampling, Spread
 
 METHOD, BASELINE, CEILING = "cromss", "plain", "clean"
 POWER_POINTS = 3.0  # what clean labels must be worth for a test to rank methods
-NOT_INFERIOR_POINTS = -3.0  # what a method may lose and count as not worse
+MARGIN_POINTS = 3.0  # what a method may lose and count as not worse
 PRETRAINED_POINTS = {"s2": 5.0, "s1": 4.0}  # a frozen encoder over a random one
 PRECISION_OVER_BASE = 0.25  # average precision over the share of wrong labels
 WRONG_IN_SELECTED = 0.6  # share of wrong labels in the selected half, over that in all
 GATED_DETECTOR = "refined_s2"  # the label confidence that selection uses, of the stronger modality
 
-Scored = Mapping[Transfer, float]  # points
+Differences: TypeAlias = Mapping[Setting, Mapping[tuple[str, str], Difference]]
+"""Of mean IoU over common classes: setting -> (variant, what it is held against) -> paired difference."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Of one variant to another.
+def paired_differences(
+    results: Mapping[Setting, Sequence[TransferResult]], common: Sequence[str], resampling: Resampling
+) -> dict[Setting, dict[tuple[str, str], Difference]]:
+    """Every variant against plain noisy-label pretraining and against none.
 
     Args:
-        pairs: Points, one a pair of runs.
-    """
-
-    pairs: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Of all pairs."""
-        return fmean(self.pairs)
-
-    @property
-    def std(self) -> float:
-        """Between pairs; 0 for a single one."""
-        return stdev(self.pairs) if len(self.pairs) > 1 else 0.0
-
-    @property
-    def positive(self) -> int:
-        """Pairs above 0."""
-        return sum(pair > 0 for pair in self.pairs)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        pairs = [round(pair, 2) for pair in self.pairs]
-        return {"mean": round(self.mean, 2), "std": round(self.std, 2), "positive": self.positive, "pairs": pairs}
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.1f} +- {self.std:.1f} ({self.positive} of {len(self.pairs)})"
-
-
-def difference(scored: Scored, variant: str, against: str, settings: Iterable[str]) -> Difference:
-    """`variant` minus `against` over the settings of these names, pair by pair.
+        results: Of each setting all runs.
+        common: Names of the classes that count.
+        resampling: Of the intervals over tiles.
 
     Raises:
-        KeyError: one of a pair has no score.
+        ResultError: results cannot be compared.
     """
-    wanted = set(settings)
-    ours = [run for run in scored if run.variant == variant and run.setting.name in wanted]
-    other = {(run.setting, run.seed, run.subset): points for run, points in scored.items() if run.variant == against}
-    return Difference(tuple(scored[run] - other[run.setting, run.seed, run.subset] for run in ours))
+    told: dict[Setting, dict[tuple[str, str], Difference]] = {}
+    for setting, runs in results.items():
+        told[setting] = {
+            (comparison.first, comparison.second): comparison.metrics["miou"]
+            for against in (BASELINE, RANDOM)
+            for comparison in compare(runs, [run for run in runs if run.name == against], resampling, common)
+        }
+    return told
+
+
+def over_all(differences: Differences, variant: str, settings: Iterable[Setting]) -> Spread:
+    """A variant minus plain pretraining over all pairs of some settings; shares."""
+    return Spread.of([pair for setting in settings for pair in differences[setting][variant, BASELINE].pairs])
 
 
 @dataclass(frozen=True)
@@ -94,19 +80,22 @@ class Gate:
         return {"claim": self.claim, "value": round(self.value, 4), "limit": self.limit, "holds": self.holds}
 
 
-def gates(scored: Scored, detections: Sequence[Mapping[str, Any]]) -> list[Gate]:
+def gates(differences: Differences, detections: Sequence[Mapping[str, Any]]) -> list[Gate]:
     """All of them.
 
     Args:
-        scored: Every transfer.
+        differences: Of the transfer.
         detections: Of the method, one a pretraining seed: detector -> `DetectorScores.to_json()`.
     """
-    found = []
-    for setting in dict.fromkeys(run.setting for run in scored):
-        if setting.mode == "frozen":
-            value = difference(scored, METHOD, RANDOM, [setting.name]).mean
-            limit = PRETRAINED_POINTS[setting.modality]
-            found.append(Gate(f"{setting.name}: {METHOD} over {RANDOM}, points mIoU", value, limit))
+    found = [
+        Gate(
+            f"{setting.name}: {METHOD} over {RANDOM}, points mIoU",
+            100 * of[METHOD, RANDOM].spread.mean,
+            PRETRAINED_POINTS[setting.modality],
+        )
+        for setting, of in differences.items()
+        if setting.mode == "frozen"
+    ]
     of_detector = [detection[GATED_DETECTOR] for detection in detections]
     gain = fmean(one["overall"]["average_precision"] - one["overall"]["base_rate"] for one in of_detector)
     found.append(Gate("average precision of 'this label is wrong' over its base rate", gain, PRECISION_OVER_BASE))
@@ -115,29 +104,39 @@ def gates(scored: Scored, detections: Sequence[Mapping[str, Any]]) -> list[Gate]
     return found
 
 
-def power(scored: Scored) -> dict[str, Difference]:
-    """Clean labels minus noisy ones, by setting: below `POWER_POINTS` a setting cannot rank methods."""
-    return {name: difference(scored, CEILING, BASELINE, [name]) for name in dict.fromkeys(run.setting.name for run in scored)}
+def able_settings(differences: Differences) -> list[Setting]:
+    """The settings that can rank methods: those in which clean labels are worth `POWER_POINTS`."""
+    return [setting for setting, of in differences.items() if 100 * of[CEILING, BASELINE].spread.mean >= POWER_POINTS]
 
 
-def in_words(scored: Scored) -> list[str]:
-    """What the transfer says of the method, and whether it can say anything."""
-    by_setting = power(scored)
-    able = [name for name, clean in by_setting.items() if clean.mean >= POWER_POINTS]
-    worth = ", ".join(f"{name} {clean}" for name, clean in by_setting.items())
-    lines = [f"Clean labels over {BASELINE} in transfer, points mIoU (pairs above 0): {worth}."]
+def in_words(differences: Differences) -> list[str]:
+    """What the transfer says of the methods, and whether it can say anything."""
+    able = able_settings(differences)
+    worth = ", ".join(f"{setting.name} {points(of[CEILING, BASELINE])}" for setting, of in differences.items())
+    lines = [f"What there is to win, clean labels over {BASELINE}, points mIoU (pairs above 0): {worth}."]
     if able:
-        lines.append(
-            f"Settings in which clean labels are worth {POWER_POINTS:g} points, and methods can be ranked: {', '.join(able)}."
-        )
+        names = ", ".join(setting.name for setting in able)
+        lines.append(f"Settings that can rank methods, since clean labels are worth {POWER_POINTS:g} points: {names}.")
     else:
         lines.append(f"**This test cannot rank methods**: in no setting are clean labels worth {POWER_POINTS:g} points.")
-    variants = dict.fromkeys(run.variant for run in scored if run.variant not in (RANDOM, BASELINE, CEILING))
+    variants = dict.fromkeys(variant for of in differences.values() for variant, against in of if against == BASELINE)
     for variant in variants:
-        overall = difference(scored, variant, BASELINE, by_setting)
-        where = f"; where methods can be ranked {difference(scored, variant, BASELINE, able)}" if able else ""
-        verdict = "not worse" if overall.mean >= NOT_INFERIOR_POINTS else "worse"
-        lines.append(
-            f"{variant} over {BASELINE}: in all settings {overall}{where}: {verdict} by more than {-NOT_INFERIOR_POINTS:g} points."
-        )
+        if variant in (RANDOM, CEILING):
+            continue
+        overall = over_all(differences, variant, differences)
+        told = [f"all settings {_spread(overall)}"]
+        if able:
+            told.append(f"those that can rank {_spread(over_all(differences, variant, able))}")
+        verdict = "not worse" if 100 * overall.mean >= -MARGIN_POINTS else "worse"
+        lines.append(f"{variant} over {BASELINE}: {', '.join(told)}; {verdict} by more than {MARGIN_POINTS:g} points.")
     return lines
+
+
+def points(difference: Difference) -> str:
+    """Mean, spread and signs of a difference: '+1.0 +- 2.0 (2 of 3)'."""
+    return f"{_spread(difference.spread)} ({difference.positive} of {len(difference.pairs)})"
+
+
+def _spread(spread: Spread) -> str:
+    between = "" if spread.runs < 2 else f" +- {100 * spread.std:.1f}"
+    return f"{100 * spread.mean:+.1f}{between}"

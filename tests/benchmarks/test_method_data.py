@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from sklearn.neighbors import KNeighborsClassifier  # type: ignore[import-untyped]
 
 from benchmarks.method.data import Truth, dataset, make_datasets, parts_of
@@ -50,7 +51,7 @@ def test_the_nearest_neighbours_are_scikit_learns() -> None:
 @pytest.mark.slow
 def test_noise_changes_the_labels_alone_and_is_what_was_asked_for(tmp_path: Path) -> None:
     size = SIZES["smoke"]
-    told = {name: make_datasets(tmp_path, size, *name) for name in parts_of(size)}
+    told = {name: make_datasets(tmp_path, size, *name, Console(quiet=True)) for name in parts_of(size)}
     assert not (tmp_path / "archives" / "pretraining-default").exists()
     noisy, clean = (open_dataset(dataset(tmp_path, name)) for name in ("default", "clean"))
     assert noisy.locations == clean.locations
