@@ -14,6 +14,7 @@ from cromss_dist import __version__
 from cromss_dist.commands.compare import add_compare
 from cromss_dist.commands.registry import add_registry
 from cromss_dist.commands.track import add_track
+from cromss_dist.commands.transfer import add_transfer
 from cromss_dist.errors import main_guard
 
 
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_plan(commands)
     _add_probe(commands)
+    add_transfer(commands)
     add_compare(commands)
     add_track(commands)
     add_registry(commands)  # further commands go here, one `_add_<command>` each
