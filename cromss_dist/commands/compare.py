@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cromss_dist.commands.printing import print_json, print_table
+from cromss_dist.commands.printing import print_json, print_table, shown
 
 if TYPE_CHECKING:
     from cromss_dist.transfer.compare import Comparison, Difference, Line, Setting
@@ -87,16 +87,16 @@ def print_lines(lines: Sequence["Line"], with_paper: bool = False, with_classes:
             rows.append((*_of_setting(setting), line.name, str(len(line.runs)), *figures))
         found = published(setting.task, setting.modality, setting.mode) if with_paper else ()
         for one in found:
-            shown = f"{one.value:.2f}" + ("" if one.std is None else f" +- {one.std:.2f}")
+            figure = f"{one.value:.2f}" + ("" if one.std is None else f" +- {one.std:.2f}")
             encoder = f"paper: {one.method}, {one.bands} bands"
-            rows.append((one.task, one.modality, one.mode, one.decoder, "all", encoder, "", shown, "", "", "", ""))
+            rows.append((one.task, one.modality, one.mode, one.decoder, "all", encoder, "", figure, "", "", "", ""))
         if with_paper and not found:
             unpublished.append(setting)
     titles = [_TITLES[metric] for metric in _ORDER]
     titles.insert(1, "over tiles")
     print_table("Transfer, in percent", (*_SETTING, "encoder", "runs", *titles), rows)
     for setting in unpublished:
-        print(f"No published figure is known here for {setting.task}, {setting.modality}, {setting.mode}.")
+        print(shown(f"No published figure is known here for {setting.task}, {setting.modality}, {setting.mode}."))
     if with_classes:
         for setting, of_setting in groupby(lines, lambda line: line.setting):
             _print_classes(setting, list(of_setting))

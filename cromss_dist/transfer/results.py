@@ -297,11 +297,11 @@ def read_tiles(result: TransferResult) -> Tiles:
     """
     path = result.run_dir / TILES_FILE
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             keys, confusion = arrays["keys"], arrays["confusion"]
     except FileNotFoundError:
         raise ResultError(f"{path} is missing; intervals need it. Restore it, or run the transfer again.") from None
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ResultError(f"{path} is damaged: {error}. Restore it, or run the transfer again.") from None
     if keys.dtype.kind != "U" or confusion.dtype != np.int32 or keys.ndim != 1 or confusion.shape[:1] != keys.shape:
         raise ResultError(
