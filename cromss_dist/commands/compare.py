@@ -120,9 +120,7 @@ def print_comparison(comparison: "Comparison", with_classes: bool = False) -> No
     title = f"{comparison.first} minus {comparison.second}, in points ({comparison.setting})"
     print_table(title, ("", "mean +- std over pairs", "over tiles", "better / worse", "pairs"), rows)
     if comparison.alone:
-        print(
-            f"{comparison.alone} runs have no partner with the same seeds on the other side and are left out of the differences."
-        )
+        print(f"Runs without a partner of the same seeds on the other side, left out of the differences: {comparison.alone}.")
 
 
 _SETTING = ("task", "input", "mode", "decoder", "labels")

@@ -173,9 +173,10 @@ class TransferResult:
 
     @property
     def encoder_refs(self) -> tuple[str, ...]:
-        """What each encoder is, S1's first."""
+        """What each encoder is, S1's first; with its number of bands, since a ref may be loaded for others than its own."""
         used = [self.encoders[m] for m in MODALITIES if m in self.encoders]
-        return tuple(e.ref if e.init == "pretrained" else f"random {e.encoder}" for e in used)
+        origins = (e.ref if e.init == "pretrained" else f"random {e.encoder}" for e in used)
+        return tuple(f"{origin}, {len(e.bands)} bands" for origin, e in zip(origins, used, strict=True))
 
     def to_json(self) -> str:
         """As `from_json` reads it."""

@@ -156,8 +156,8 @@ def test_an_encoder_is_named_by_variant_or_by_what_it_is() -> None:
     result = made_result(made_tiles(0.7))
     s1 = EncoderUsed("resnet18", "random", "resnet18", ("VV", "VH"))
     both = replace(result, encoders={"s2": S2, "s1": s1})
-    assert (result.name, result.modality) == ("cromss-s2@best", "s2")
-    assert (both.name, both.modality) == ("random resnet18 + cromss-s2@best", "s1+s2")
+    assert (result.name, result.modality) == ("cromss-s2@best, 3 bands", "s2")
+    assert (both.name, both.modality) == ("random resnet18, 2 bands + cromss-s2@best, 3 bands", "s1+s2")
     assert replace(both, variant="plain").name == "plain"
 
 

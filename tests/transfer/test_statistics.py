@@ -158,7 +158,7 @@ def test_evidence_is_the_mean_of_repeated_runs_with_its_interval() -> None:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"encoders": {"s2": replace(S2, init="random")}}, "random resnet18 is random"),
+        ({"encoders": {"s2": replace(S2, init="random")}}, "random resnet18, 3 bands is random"),
         ({"encoders": {"s2": S2, "s1": EncoderUsed("s1", "pretrained", "resnet18", ("VV",))}}, "is two together"),
         ({"mode": "knn"}, "mode 'knn' gives no evidence"),
     ],
