@@ -181,6 +181,11 @@ class TransferConfig(BaseRunConfig):
                 "REF or --encoder.s1 REF, or --encoder.name with bands for a random one."
             )
 
+    @property
+    def quick_look(self) -> bool:
+        """Whether nothing is trained: no decoder, no steps, no checkpoints."""
+        return self.mode in ("linear", "knn")
+
     def with_absolute_paths(self) -> Self:
         """The same config with paths that hold in every worker, whatever its working directory."""
         data, encoder = self.data, self.encoder

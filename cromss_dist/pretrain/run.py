@@ -38,4 +38,4 @@ def run_in_process(parsed: ParsedRun[RunConfig], console: Console) -> RunSummary
         ConfigError: more workers are asked for, by the config or by a launcher that started several processes.
         CromssError: see errors.py.
     """
-    return conduct_here(parsed, Pretraining.of, "cromss pretrain", console)
+    return conduct_here(parsed, Pretraining.of, pretrain, "cromss pretrain", console)

@@ -12,7 +12,6 @@ from cromss_dist.tracking.package.evidence import Evidence
 from cromss_dist.tracking.registry.registry import Registry
 from cromss_dist.train.run.folder import RunSummary, write_summary
 from cromss_dist.train.run.record import Record
-from cromss_dist.train.task import Trained
 from cromss_dist.transfer.network import registry_uri
 from cromss_dist.transfer.panels import TilePanel, draw_tiles
 from cromss_dist.transfer.results import SCORES_FILE, TILES_FILE, Tiles, TransferResult, write_result
@@ -27,7 +26,7 @@ def deliver(
     result: TransferResult,
     tiles: Tiles,
     panels: Sequence[TilePanel],
-    trained: Trained,
+    samples_per_s: float,
     record: Record,
 ) -> RunSummary:
     """Writes the result, tells of it, and ends the run.
@@ -37,14 +36,14 @@ def deliver(
         result: What it was and how it scored.
         tiles: The same, tile by tile.
         panels: Tiles to look at.
-        trained: The run.
+        samples_per_s: Of training.
         record: Of the run.
 
     Raises:
         StorageError: a file cannot be written.
         RegistryError: all is written, and the registry does not take the evidence.
     """
-    run_dir, scores = trained.run_dir, result.scores
+    run_dir, scores = result.run_dir, result.scores
     write_result(run_dir, result, tiles)
     figures = {f"test/{name}": value for name, value in scores.figures().items()}
     record.validation(figures, result.steps, result.samples)
@@ -71,7 +70,7 @@ def deliver(
         num_train=result.labels.tiles,
         num_val=0,
         samples=result.samples,
-        samples_per_s=trained.samples_per_s,
+        samples_per_s=samples_per_s,
         before={},
         after=figures,
         registered={},
@@ -86,7 +85,7 @@ def deliver(
 def _evidence(result: TransferResult, tiles: Tiles, record: Record) -> Evidence | None:
     """The mean IoU with its interval, where the run is evidence of an encoder."""
     used = list(result.encoders.values())
-    if len(used) != 1 or used[0].init != "pretrained":
+    if len(used) != 1 or used[0].init != "pretrained" or result.mode == "knn":
         return None
     if result.tiles < 2:
         record.tell(f"no {EVIDENCE_FILE}: an interval takes two test tiles or more, and there is {result.tiles}")

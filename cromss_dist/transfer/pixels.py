@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cromss_dist.data.loading.draws import IntArray, Stream, hash64
+from cromss_dist.data.loading.draws import IntArray, Stream, hash64, ranked_keys
 from cromss_dist.data.loading.selection import Selection
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.errors import ConfigError
@@ -22,7 +22,7 @@ from cromss_dist.models.downstream import EncoderSpec
 from cromss_dist.models.encoder import build_encoder, load_strictly, stage_channels, stage_features
 from cromss_dist.schema import LABEL_ARRAY, MODALITIES, Modality
 
-PIXELS_PER_CLASS = 1000
+PIXELS_PER_CLASS, MAX_TILES = 1000, 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Pixels:
 def draw_pixels(dataset: Dataset, selection: Selection, seed: int) -> Pixels:
     """Of each class the `PIXELS_PER_CLASS` pixels with the smallest hash of (seed, tile, place); of a rare class all.
 
-    They are the same for every encoder. Reads every label once.
+    They are drawn from the first `MAX_TILES` of the tiles, in the order of `ranked_keys`, and are the same for every encoder.
 
     Args:
         dataset: The training set.
@@ -73,21 +73,25 @@ def draw_pixels(dataset: Dataset, selection: Selection, seed: int) -> Pixels:
         ConfigError: fewer than two classes are labelled.
         ShardError: a label cannot be read.
     """
+    ranked = ranked_keys([dataset.locations[i] for i in selection.ids], seed, Stream.PIXELS)
+    seen = selection.take(np.sort(ranked[:MAX_TILES]))
     num_classes = len(dataset.class_names)
     label = np.empty(dataset.shape(LABEL_ARRAY), np.uint8)
     frequency = np.zeros(num_classes, np.int64)
     drawn = np.empty((3, 0), np.int64)  # sample id, place in (season, row, column), class
-    for sample_id, seasons in zip(selection.ids.tolist(), selection.seasons, strict=True):
+    highest = np.full(num_classes, np.iinfo(np.uint64).max)  # hash that is still drawn: later tiles have few below it
+    for sample_id, seasons in zip(seen.ids.tolist(), seen.seasons, strict=True):
         dataset.read_into(sample_id, 0, {LABEL_ARRAY: label})
         places = np.flatnonzero((label < num_classes) & seasons[:, None, None])
         classes = label.ravel()[places].astype(np.int64)
         frequency += np.bincount(classes, minlength=num_classes)
-        found = np.stack([np.full_like(places, sample_id), places, classes])
-        drawn = _first_of_each_class(np.concatenate([drawn, found], axis=1), seed)
+        near = hash64(seed, Stream.PIXELS, sample_id, places) <= highest[classes]
+        found = np.stack([np.full(near.sum(), sample_id), places[near], classes[near]])
+        drawn = _first_of_each_class(np.concatenate([drawn, found], axis=1), seed, highest)
     if np.count_nonzero(frequency) < 2:
         present = ", ".join(name for name, count in zip(dataset.class_names, frequency, strict=True) if count) or "no class"
         raise ConfigError(
-            f"The {len(selection.ids)} training tiles have labels of {present}, and a classifier needs two classes; raise "
+            f"The {len(seen.ids)} training tiles have labels of {present}, and a classifier needs two classes; raise "
             "labels.fraction or labels.per_class, or look at the training set."
         )
     ids, places, classes = drawn[:, np.lexsort((drawn[1], drawn[0]))]
@@ -95,11 +99,15 @@ def draw_pixels(dataset: Dataset, selection: Selection, seed: int) -> Pixels:
     return Pixels(ids, at_season, rows, cols, classes, frequency)
 
 
-def _first_of_each_class(pixels: IntArray, seed: int) -> IntArray:
+def _first_of_each_class(pixels: IntArray, seed: int, highest: npt.NDArray[np.uint64]) -> IntArray:
+    """Of int64 (3, P) the first of each class; lowers the `highest` hash of those that have enough."""
     ids, places, classes = pixels
-    order = np.lexsort((hash64(seed, Stream.PIXELS, ids, places), classes))
+    hashes = hash64(seed, Stream.PIXELS, ids, places)
+    order = np.lexsort((hashes, classes))
     ordered = classes[order]
     rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)  # among those of its class
+    last = order[rank == PIXELS_PER_CLASS - 1]
+    highest[classes[last]] = hashes[last]
     first: IntArray = pixels[:, order[rank < PIXELS_PER_CLASS]]
     return first
 

@@ -33,7 +33,8 @@ from cromss_dist.transfer.deliver import deliver
 from cromss_dist.transfer.evaluate import ScoredTiles, evaluate, select_tiles
 from cromss_dist.transfer.labels import choose_labels
 from cromss_dist.transfer.network import TransferredEncoder, build_network, check_contract, load_encoders
-from cromss_dist.transfer.results import LabelsUsed, TransferResult
+from cromss_dist.transfer.pixels import MAX_TILES, PIXELS_PER_CLASS
+from cromss_dist.transfer.results import LabelsUsed, Tiles, TransferResult
 from cromss_dist.world import World, choose_device
 
 
@@ -70,7 +71,7 @@ class LabelLoss:
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """A transfer run in mode 'frozen' or 'finetuned'; a `Task`.
+    """A transfer run; in mode 'frozen' or 'finetuned' a `Task`.
 
     Args:
         config: The whole run.
@@ -126,7 +127,8 @@ class Transfer:
                 f"{', '.join(test.class_names)}; give two datasets of one task."
             )
         multiple = max(input_multiple(config.decoder, encoder.spec.depth) for encoder in encoders.values())
-        _check_sizes(config, plan, train.patch_px, multiple)
+        if not config.quick_look:
+            _check_sizes(config, plan, train.patch_px, multiple)
         if config.evidence:
             _check_evidence(encoders)
         chosen, labels = choose_labels(train, data.seasons, config.labels)
@@ -146,9 +148,8 @@ class Transfer:
         return self.train.class_names
 
     def describe(self) -> str:
-        """What `--dry-run` prints: config, encoders, data, batch arithmetic, steps, parameter counts."""
-        plan, time_, data = self.plan, self.timeline, self.config.data
-        counts = ", ".join(f"{name} {number:,}" for name, number in self.build_model().parameter_counts().items())
+        """What `--dry-run` prints: config, encoders, data, and what is trained: batch arithmetic, steps, parameter counts."""
+        data = self.config.data
         told = [to_yaml(self.config).rstrip(), "---", f"config digest       {self.config.digest}"]
         for modality, encoder in self.encoders.items():
             used = encoder.used
@@ -156,21 +157,27 @@ class Transfer:
                 f"encoder {modality}          {used.version or used.ref}: {used.encoder}, {used.init}, {len(used.bands)} bands, "
                 f"{self.config.mode}"
             )
-        return "\n".join(
-            [
-                *told,
-                f"train               {data.train}: {self.labels.tiles} of {len(self.train.locations)} tiles of "
-                f"{self.train.patch_px} px, digest {self.train.digest[:12]}",
-                f"test                {data.test}: {len(self.test.keys)} of {len(self.test.dataset.locations)} tiles of "
-                f"{self.test.dataset.patch_px} px, digest {self.test.dataset.digest[:12]}",
-                f"classes             {', '.join(self.class_names)}",
-                f"batch               {plan.global_batch} = micro batch {plan.micro_batch} x accumulation "
-                f"{plan.accumulation_steps} x world {plan.world_size}",
-                f"steps per epoch     {time_.steps_per_epoch:.2f}",
-                f"steps               {time_.total_steps} ({time_.total_samples} samples, {self.config.train.epochs:g} epochs)",
-                f"parameters          {counts} ({self.config.decoder})",
-            ]
-        )
+        told += [
+            f"train               {data.train}: {self.labels.tiles} of {len(self.train.locations)} tiles of "
+            f"{self.train.patch_px} px, digest {self.train.digest[:12]}",
+            f"test                {data.test}: {len(self.test.keys)} of {len(self.test.dataset.locations)} tiles of "
+            f"{self.test.dataset.patch_px} px, digest {self.test.dataset.digest[:12]}",
+            f"classes             {', '.join(self.class_names)}",
+        ]
+        return "\n".join([*told, *self._describe_training()])
+
+    def _describe_training(self) -> list[str]:
+        if self.config.quick_look:
+            return [f"learns from         {PIXELS_PER_CLASS:,} pixels of each class at most, of {MAX_TILES} tiles at most"]
+        plan, time_ = self.plan, self.timeline
+        counts = ", ".join(f"{name} {number:,}" for name, number in self.build_model().parameter_counts().items())
+        return [
+            f"batch               {plan.global_batch} = micro batch {plan.micro_batch} x accumulation "
+            f"{plan.accumulation_steps} x world {plan.world_size}",
+            f"steps per epoch     {time_.steps_per_epoch:.2f}",
+            f"steps               {time_.total_steps} ({time_.total_samples} samples, {self.config.train.epochs:g} epochs)",
+            f"parameters          {counts} ({self.config.decoder})",
+        ]
 
     def build_model(self) -> DownstreamNetwork:
         """The network, what is random in it drawn from the run's seed."""
@@ -207,8 +214,20 @@ class Transfer:
         if trained.record is None:
             return None
         trained.beat("writing the scores")
+        result = self.result(tiles, trained.run_dir, self.timeline.total_steps, trained.samples)
+        return deliver(self.config, result, tiles, panels, trained.samples_per_s, trained.record)
+
+    def result(self, tiles: Tiles, run_dir: Path, steps: int, samples: int) -> TransferResult:
+        """What the run was and how it scored.
+
+        Args:
+            tiles: The test set.
+            run_dir: Folder of the run.
+            steps: That were taken.
+            samples: That were seen in them.
+        """
         config = self.config
-        result = TransferResult(
+        return TransferResult(
             task=config.task,
             mode=config.mode,
             protocol=config.protocol,
@@ -220,15 +239,14 @@ class Transfer:
             class_names=self.class_names,
             confusion=tiles.total,
             tiles=len(tiles.keys),
-            decoder=config.decoder,
+            decoder="" if config.quick_look else config.decoder,
             variant=config.variant,
-            steps=self.timeline.total_steps,
-            samples=trained.samples,
+            steps=steps,
+            samples=samples,
             seconds=round(time.monotonic() - self.opened, 3),
             config_digest=config.digest,
-            run_dir=trained.run_dir,
+            run_dir=run_dir,
         )
-        return deliver(config, result, tiles, panels, trained, trained.record)
 
 
 def _train_plan(

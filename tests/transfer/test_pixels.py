@@ -74,6 +74,14 @@ def test_pixels_depend_on_seed_and_tiles_and_not_on_the_order_in_which_tiles_are
     assert of_more <= places_of(draw_pixels(dataset, some, 1))
 
 
+def test_a_quick_look_takes_few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels_module, "MAX_TILES", 2)
+    dataset = FakeDataset((6,), num_seasons=1)
+    drawn = draw_pixels(dataset, select(dataset), seed=0)
+    assert len(set(drawn.ids.tolist())) == 2
+    assert drawn.frequency.sum() == sum((dataset.pixels(i, 0, LABEL_ARRAY) < 9).sum() for i in set(drawn.ids.tolist()))
+
+
 def test_one_class_is_refused() -> None:
     dataset = FakeDataset((1,), class_names=("water",))
     with pytest.raises(ConfigError, match=r"1 training tiles have labels of water, .* raise labels\.fraction"):

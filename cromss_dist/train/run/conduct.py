@@ -5,13 +5,15 @@ Layer 3. A task's composition root gives it the task; every rank calls it, whoev
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import torch
 from rich.console import Console
 
+from cromss_dist.config import BaseRunConfig
 from cromss_dist.errors import ConfigError, PackageError, RegistryError
 from cromss_dist.parse import CONFIG_FILE, Config, ParsedRun
 from cromss_dist.tracking.revision import git_revision
@@ -30,6 +32,18 @@ from cromss_dist.train.task import Task
 from cromss_dist.world import World, device_name, join
 
 CHECKPOINTS = "checkpoints"
+
+
+class Recorded(Protocol):
+    """What a record tells of a run from its start."""
+
+    @property
+    def config(self) -> BaseRunConfig:
+        """The whole run."""
+
+    @property
+    def datasets(self) -> Mapping[str, str]:
+        """Location and digest of each dataset that is learnt from."""
 
 
 def conduct(config: Config, task_of: Callable[[Config, int], Task], run_dir: Path, profile: bool = False) -> RunSummary | None:
@@ -73,7 +87,9 @@ def conduct(config: Config, task_of: Callable[[Config, int], Task], run_dir: Pat
         hang.beat("building the networks")
         engine = Engine(task.build_model(), config.engine, config.train, task.plan, world)
         try:
-            with _recording(task, world, engine, run_dir, saved.step if saved else 0) as record:
+            with recording(task, world, engine.precision, run_dir, saved.step if saved else 0) as record:
+                if record:
+                    record.event("start", total_samples=task.timeline.total_samples)
                 safeguards = Safeguards(checkpoints, stop, hang)
                 tracer = Profile(run_dir if profile else None, world.rank)
                 training = Training(task, world, engine, safeguards, tracer, record)
@@ -87,12 +103,19 @@ def conduct(config: Config, task_of: Callable[[Config, int], Task], run_dir: Pat
             engine.close()
 
 
-def conduct_here(parsed: ParsedRun[Config], task_of: Callable[[Config, int], Task], prog: str, console: Console) -> RunSummary:
+def conduct_here(
+    parsed: ParsedRun[Config],
+    check: Callable[[Config, int], object],
+    run: Callable[[Config, Path, bool], RunSummary | None],
+    prog: str,
+    console: Console,
+) -> RunSummary:
     """Runs with this process as the only worker, and shows the progress.
 
     Args:
         parsed: The command line.
-        task_of: See `conduct`.
+        check: Finds out, for a number of ranks, what the run would fail at, before it has a folder.
+        run: What a rank does, in the run's folder; the last argument is whether a few steps are traced.
         prog: What `--resume` is an argument of: `cromss pretrain`.
         console: Where progress goes.
 
@@ -107,10 +130,10 @@ def conduct_here(parsed: ParsedRun[Config], task_of: Callable[[Config, int], Tas
             "set launch.workers to 1 and unset WORLD_SIZE, or start the run with launch/pretrain.py."
         )
     config = config.with_absolute_paths()
-    task_of(config, 1)
+    check(config, 1)
     run_dir = parsed.resume or new_run_dir(config)
     with working_in(run_dir, prog, parsed.fresh), watching(run_dir, console):
-        summary = conduct(config, task_of, run_dir, parsed.profile)
+        summary = run(config, run_dir, parsed.profile)
     assert summary is not None, "a run of one process is rank 0"
     return summary
 
@@ -137,7 +160,7 @@ def report(summary: RunSummary, console: Console) -> None:
 
 
 @contextmanager
-def _recording(task: Task, world: World, engine: Engine, run_dir: Path, step: int) -> Iterator[Record | None]:
+def recording(task: Recorded, world: World, precision: str, run_dir: Path, step: int) -> Iterator[Record | None]:
     """On rank 0 the record of a run that goes on after a step; it ends with the block.
 
     No rank goes on before there is one, so that every error of theirs is of a run that is recorded.
@@ -153,19 +176,18 @@ def _recording(task: Task, world: World, engine: Engine, run_dir: Path, step: in
         "run_dir": str(run_dir),
         "world_size": str(world.size),
         "device": device_name(world.device),
-        "precision": engine.precision,
+        "precision": precision,
     }
     with Record(run_dir, config.tracking_uri) as record:
         record.begin(run_dir.name, config.tracking.experiment, tags, step)
         record_task(record, task)
         record.tell(f"run folder {run_dir}")
-        record.tell(f"{world.size} x {world.device.type}, {engine.precision}, run {record.run_id}")
-        record.event("start", total_samples=task.timeline.total_samples)
+        record.tell(f"{world.size} x {world.device.type}, {precision}, run {record.run_id}")
         world.barrier()
         yield record
 
 
-def record_task(record: Record, task: Task) -> None:
+def record_task(record: Record, task: Recorded) -> None:
     """Records the config, whose file is in the run's folder, and the datasets."""
     record.params(task.config.params())
     record.artifact(CONFIG_FILE)
