@@ -5,7 +5,7 @@ with other test tiles; a spread says how it varies with seeds and labels on thes
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from cromss_dist.tracking.package.evidence import PROTOCOLS, Evidence
 from cromss_dist.train.figures.scores import METRICS, Metric, Values, class_scores, metric_values
 from cromss_dist.transfer.results import Tiles, TransferResult
 
-_BLOCK = 1 << 22  # draws held at once: 32 MiB of indices
+_BLOCK = 1 << 20  # numbers of drawn test sets held at once, 8 MiB; a statistic makes some ten times as many of them
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ class Spread:
         return cls(mean, float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan, len(finite))
 
 
-def resampled_sums(values: npt.NDArray[Any], resampling: Resampling) -> Values:
+def resampled_sums(values: npt.NDArray[Any], resampling: Resampling) -> Iterator[Values]:
     """Sums over test sets drawn from the tiles with replacement, each of as many tiles as there are.
 
     Args:
         values: Whole numbers (N, ...), a tile each, such as confusion matrices; their sums must stay below 2**53.
         resampling: Number of draws, and their seed: the same N and seed give the same draws, whatever the values.
 
-    Returns:
-        float64 (R, ...).
+    Yields:
+        float64 (r, ...), a part of the R draws that takes little memory, one after the other.
 
     Raises:
         ResultError: there are fewer than two tiles.
@@ -86,15 +86,13 @@ def resampled_sums(values: npt.NDArray[Any], resampling: Resampling) -> Values:
     if tiles < 2:
         raise ResultError(f"an interval over {tiles} test tile says nothing; score at least two, better a hundred.")
     generator, flat = np.random.default_rng(resampling.seed), values.reshape(tiles, -1).astype(np.float64)
-    sums = np.empty((resampling.replicates, flat.shape[1]))
-    block = max(1, _BLOCK // tiles)
+    block = max(1, _BLOCK // max(flat.shape))
     for first in range(0, resampling.replicates, block):
         rows = min(block, resampling.replicates - first)
         # How often each tile is drawn; the sum is then one matrix product, and exact, since all are whole numbers.
         drawn = generator.integers(tiles, size=(rows, tiles)) + np.arange(rows)[:, None] * tiles
         counts = np.bincount(drawn.ravel(), minlength=rows * tiles).reshape(rows, tiles)
-        sums[first : first + rows] = counts.astype(np.float64) @ flat
-    return sums.reshape(resampling.replicates, *values.shape[1:])
+        yield (counts.astype(np.float64) @ flat).reshape(rows, *values.shape[1:])
 
 
 def bootstrap(
@@ -104,7 +102,7 @@ def bootstrap(
 
     Args:
         values: As `resampled_sums` takes them, (N, ...).
-        statistic: From sums (R, ...) to R values (R, K).
+        statistic: From sums (r, ...) to values (r, K), each row on its own.
         resampling: See there.
 
     Returns:
@@ -117,7 +115,7 @@ def bootstrap(
     bias: with few tiles, and for classes that few tiles have, it is too narrow (of 2,000 simulated accuracies, intervals of
     level 0.9 covered 0.87 with 20 tiles, 0.88 with 50, 0.90 with 200). A class that a draw lacks leaves its means.
     """
-    found = statistic(resampled_sums(values, resampling))
+    found = np.concatenate([statistic(sums) for sums in resampled_sums(values, resampling)])
     exists, tail = ~np.isnan(found).all(0), (1 - resampling.level) / 2
     ends = np.full((2, found.shape[1]), np.nan)
     if exists.any():

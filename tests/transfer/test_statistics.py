@@ -63,12 +63,14 @@ def test_drawn_sums_are_whole_test_sets_and_the_same_however_they_are_cut(
     counts: npt.NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how = Resampling(replicates=150, seed=4)
-    sums = resampled_sums(counts, how)
+    (sums,) = resampled_sums(counts, how)
     drawn = np.random.default_rng(4).integers(60, size=(150, 60))
     assert (sums == np.stack([counts[tiles].sum(0) for tiles in drawn])).all()
     monkeypatch.setattr(statistics, "_BLOCK", 7 * 60)
-    assert (resampled_sums(counts, how) == sums).all()
-    assert (resampled_sums(counts, replace(how, seed=5)) != sums).any()
+    parts = [*resampled_sums(counts, how)]
+    assert [len(part) for part in parts] == [*[7] * 21, 3]
+    assert (np.concatenate(parts) == sums).all()
+    assert (np.concatenate([*resampled_sums(counts, replace(how, seed=5))]) != sums).any()
 
 
 def test_equal_tiles_have_no_width() -> None:
