@@ -127,6 +127,7 @@ class TransferConfig(BaseRunConfig):
         name: Name of the run: its folder under `output` and its MLflow run.
         task: Name of the downstream set in results and evidence: 'dw'; lower-case letters, digits, '_', '-'.
         variant: What the encoders are called in tables; empty takes their references.
+        replicate: Tells encoders of one variant apart, as pretrained with another seed.
         data: The downstream set.
         encoder: The encoders.
         decoder: 'deeplabv3plus', 'fpn', 'pspnet', 'unet', or 'light': 1 x 1 convolutions alone.
@@ -149,6 +150,7 @@ class TransferConfig(BaseRunConfig):
     name: str = "transfer"
     task: str = "downstream"
     variant: str = ""
+    replicate: int = 0
     data: DownstreamConfig = field(default_factory=DownstreamConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: Literal["deeplabv3plus", "fpn", "pspnet", "unet", "light"] = "deeplabv3plus"

@@ -241,6 +241,7 @@ class Transfer:
             tiles=len(tiles.keys),
             decoder="" if config.quick_look else config.decoder,
             variant=config.variant,
+            replicate=config.replicate,
             steps=steps,
             samples=samples,
             seconds=round(time.monotonic() - self.opened, 3),
