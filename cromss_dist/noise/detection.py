@@ -185,6 +185,11 @@ class Cleaning:
         self.mended += int((before & kept & ~after).sum())
         self.spoilt += int((after & ~before).sum())
 
+    def __iadd__(self, other: Self) -> Self:
+        for name in vars(self):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
     @property
     def noise_before(self) -> float:
         """Share of wrong labels; NaN without pixels."""

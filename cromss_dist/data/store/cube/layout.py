@@ -237,7 +237,7 @@ def _pixel_attributes(spec: SampleSpec, name: str) -> Json:
             about = f"{image.modality}, {contract.units}, scaled to 0-255 by the group's normalisation"
             return attributes | {"long_name": about, "normalisation_digest": contract.digest}
     for measure in spec.measures:
-        if measure.name == name:  # CF's packed data, which xarray unpacks into float32 with NaN
+        if measure.name == name:  # CF's packed data, which xarray unpacks into floats with NaN
             packed = {"scale_factor": 1 / MEASURE_ONE, "_FillValue": IGNORE, "units": "1"}
             return attributes | {"long_name": measure.meaning, **packed}
     values = next(value.values for value in spec.values if value.name == name)
