@@ -20,7 +20,9 @@ from cromss_dist.noise.segmenter import Segmenter, _network, images_of
 from cromss_dist.schema import IGNORE
 from tests.noise.conftest import NUM_LOCATIONS, write_network
 
-T, J, R = TypeVar("T"), TypeVar("J"), TypeVar("R")
+T = TypeVar("T")
+J = TypeVar("J")
+R = TypeVar("R")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
