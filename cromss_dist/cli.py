@@ -12,6 +12,7 @@ from typing import Any
 
 from cromss_dist import __version__
 from cromss_dist.commands.compare import add_compare
+from cromss_dist.commands.noise import add_noise
 from cromss_dist.commands.registry import add_registry
 from cromss_dist.commands.report import add_report
 from cromss_dist.commands.track import add_track
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_probe(commands)
     add_transfer(commands)
     add_compare(commands)
+    add_noise(commands)
     add_report(commands)
     add_track(commands)
     add_registry(commands)  # further commands go here, one `_add_<command>` each
