@@ -131,8 +131,9 @@ def shorten(value: float) -> str:
 
 
 def fit(text: str, most: int) -> str:
-    """The text, or as much of it as a figure has room for."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    """The text, or as much of its beginning and end as a figure has room for."""
+    end = most // 2
+    return text if len(text) <= most else f"{text[: most - end - 1]}…{text[-end:]}"
 
 
 def draw_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str], title: str = "") -> Figure:
@@ -169,20 +170,20 @@ def draw_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str], title
 
 
 def draw_histogram(values: npt.ArrayLike, of_all: float, title: str = "") -> Figure:
-    """Tiles by a score, with the score of all of them together.
+    """Tiles by a score in percent, with the score of all of them together.
 
     Args:
         values: N scores in [0, 1]; NaN do not count.
         of_all: The score of all tiles' pixels together.
         title: Line at the top; '' = none.
     """
-    known = np.asarray(values, np.float64)
+    known = 100 * np.asarray(values, np.float64)
     figure = new_figure(4.6, 2.1)
     axes = figure.add_subplot()
-    axes.hist(known[np.isfinite(known)], bins=np.linspace(0, 1, 21).tolist(), color=SERIES[0], alpha=0.75, rwidth=0.92)
-    axes.axvline(of_all, color=INK, linewidth=1)
+    axes.hist(known[np.isfinite(known)], bins=np.linspace(0, 100, 21).tolist(), color=SERIES[0], alpha=0.75, rwidth=0.92)
+    axes.axvline(100 * of_all, color=INK, linewidth=1)
     make_plain(axes)
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, 100)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_ylabel("tiles", fontsize=8, color=MUTED)
     if title:

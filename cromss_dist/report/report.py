@@ -38,12 +38,19 @@ def compose(folders: Iterable[Path], num_panels: int) -> tuple[list[RunRecord], 
         raise ConfigError(f"panels={num_panels} is not allowed; give 0 or more.")
     runs = [read_run(folder) for folder in find_runs(folders)]
     results = [read_result(run.folder) for run in runs if (run.folder / SCORES_FILE).is_file()]
-    trained = [run for run in runs if run.began is not None]
+    names = distinct_names(runs)
+    spooled = [(run, name) for run, name in zip(runs, names, strict=True) if run.began is not None]
+
+    def of_kind(is_transfer: bool) -> tuple[list[RunRecord], list[str]]:
+        chosen = [(run, name) for run, name in spooled if run.is_transfer == is_transfer]
+        return [run for run, _ in chosen], [name for _, name in chosen]
+
     return runs, [
+        *training_sections(*of_kind(False), "Pretraining"),
         *transfer_sections(results),
-        *(training_sections(trained, distinct_names(trained)) if trained else ()),
-        *panel_section(runs, distinct_names(runs), num_panels),
-        *([configuration_section(trained, distinct_names(trained))] if trained else ()),
+        *training_sections(*of_kind(True), "Transfer"),
+        *panel_section(runs, names, num_panels),
+        *configuration_section([run for run, _ in spooled], [name for _, name in spooled]),
     ]
 
 

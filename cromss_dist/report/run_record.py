@@ -102,6 +102,11 @@ class RunRecord:
     pictures: tuple[Picture, ...] = ()
     unreadable: tuple[str, ...] = ()
 
+    @property
+    def is_transfer(self) -> bool:
+        """Whether it is of one task, so that its figures are not those of pretraining."""
+        return "task" in self.config
+
     def last(self, metric: str) -> float | None:
         """The last value of a figure; None where the run has none."""
         return self.series[metric].last if metric in self.series else None

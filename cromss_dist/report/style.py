@@ -31,7 +31,7 @@ PALETTE: dict[str, tuple[str, str]] = {
 }
 INK, MUTED, GRID = (PALETTE[name][0] for name in ("ink", "muted", "grid"))
 SERIES = tuple(light for name, (light, _) in PALETTE.items() if name.startswith("series"))
-HEAT_ALPHA = 0.6  # of the darkest cell of a heat map, so that ink stays readable on it
+HEAT_ALPHA = 0.5  # of the darkest cell of a heat map, so that ink stays readable on it
 DPI = 150
 VARIABLES = {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}
 _COLOUR = re.compile(r"(?P<what>fill|stroke): ?(?P<colour>#[0-9a-f]{6})")

@@ -108,7 +108,7 @@ _TAGS = {
 
 
 def differences(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
-    """The config keys whose values are not the same in all runs; names and folders aside."""
+    """The config keys whose values are not the same in all runs, of one kind; names and folders aside."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in ("name", "output"))
     rows = [(key, *(run.config.get(key, NONE) for run in runs)) for key in keys]
     different = tuple(row for row in rows if len(set(row[1:])) > 1)

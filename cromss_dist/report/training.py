@@ -21,26 +21,30 @@ _SIDE_BY_SIDE = 3  # runs whose facts fit
 MAX_SHOWN = len(SERIES)  # runs whose lines can be told from each other
 
 
-def training_sections(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Section]:
-    """How runs went, side by side.
+def training_sections(runs: Sequence[RunRecord], names: Sequence[str], kind: str) -> Iterator[Section]:
+    """How runs of one kind went, side by side; nothing where there is none.
 
     Args:
         runs: In the order of the page.
         names: Of each, distinct.
+        kind: A word, for the headings: 'Pretraining'.
     """
-    yield Section("overview", "Runs", (Part(tables=(overview(runs, names), incidents(runs, names))),))
+    if not runs:
+        return
+    anchor = kind.lower()
+    yield Section(f"{anchor}-runs", f"{kind} runs", (Part(tables=(overview(runs, names), incidents(runs, names))),))
     if groups := chart_groups(runs[:MAX_SHOWN]):
-        parts = (_curves(group, names[:MAX_SHOWN]) for group in groups)
-        yield Section("curves", "Curves", (*_left_out(runs), *parts))
+        parts = (_curves(group, names[:MAX_SHOWN], anchor) for group in groups)
+        yield Section(f"{anchor}-curves", f"{kind} curves", (*_left_out(runs), *parts))
     if tables := tuple(class_tables(runs, names)):
-        yield Section("classes", "Classes", (Part(tables=tables),))
+        yield Section(f"{anchor}-classes", f"{kind} by class", (Part(tables=tables),))
 
 
-def _curves(group: ChartGroup, names: Sequence[str]) -> Part:
+def _curves(group: ChartGroup, names: Sequence[str], kind: str) -> Part:
     lines = [line for chart in group.charts for line in chart.lines]
     drawings = tuple(
         Drawing(
-            f"{group.title}-{chart.key}",
+            f"{kind}-{group.title}-{chart.key}",
             chart.title,
             describe(chart, names),
             partial(_draw, chart, tuple(names)),
@@ -117,23 +121,20 @@ def _when(picture: Picture) -> str:
     return f"After step {int(match['step']):,}" if match else picture.path.stem.replace("_", " ")
 
 
-def configuration_section(runs: Sequence[RunRecord], names: Sequence[str]) -> Section:
-    """What ran, where and when, side by side; what differs; all of each config.
+def configuration_section(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Section]:
+    """What ran, where and when, side by side; what differs; all of each config. Nothing where no run has a spool.
 
     Args:
         runs: In the order of the page.
         names: Of each, distinct.
     """
-    parts = []
-    if len(runs) > 1:
-        table = differences(runs, names)
-        parts.append(Part(tables=(table,), text="" if table.rows else "The configs of these runs are the same."))
+    parts: list[Part] = []
     for start in range(0, len(runs), _SIDE_BY_SIDE):
         chosen = slice(start, start + _SIDE_BY_SIDE)
         parts.append(Part(tables=(facts(runs[chosen], names[chosen]),)))
-    parts += [
-        Part(f"Whole config of {name}", tables=(config(run),), folded=True)
-        for run, name in zip(runs, names, strict=True)
-        if run.config
-    ]
-    return Section("configuration", "What ran", tuple(parts))
+    for of_transfer in (False, True):  # of two kinds all differs
+        alike = [place for place, run in enumerate(runs) if run.is_transfer == of_transfer]
+        parts.append(Part(tables=(differences([runs[place] for place in alike], [names[place] for place in alike]),)))
+    parts += [Part(f"Whole config of {name}", tables=(config(run),), folded=True) for run, name in zip(runs, names, strict=True)]
+    if runs:
+        yield Section("configuration", "What ran", tuple(parts))

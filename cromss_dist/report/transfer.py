@@ -110,10 +110,13 @@ def _is_alike(line: Line, one: Published) -> bool:
 
 def _differences(results: Sequence[TransferResult]) -> tuple[str, tuple[Table, ...]]:
     """What pairs of runs that differ in nothing but the encoder say; or why there is none."""
+    encoders = {(Setting.of(result), result.name) for result in results}
+    if len(encoders) == len({setting for setting, _ in encoders}):
+        return "", ()
     try:
         found = compare(results, results)
     except ResultError as error:
-        return (f"None: {error}" if len({result.name for result in results}) > 1 else ""), ()
+        return f"None: {error}", ()
     better = [
         c for c in found if c.metrics["miou"].spread.mean > 0 or (c.metrics["miou"].spread.mean == 0 and c.first < c.second)
     ]
@@ -215,7 +218,7 @@ def _details(line: Line, folded: bool) -> Part:
         ),
         Drawing(
             f"tiles-{title}",
-            "Tiles by the share of right pixels",
+            "Tiles by overall accuracy, %",
             f"Histogram of {len(accuracy)} tiles by overall accuracy; of all together {percent(of_all)} %.",
             partial(_draw_tiles, accuracy, of_all, title),
             note="Line: all tiles' pixels together.",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cromss_dist.cli import main
 from cromss_dist.report.report import compose, write_report
 from tests.report.browser import CHROMIUM, Page, chromium
 from tests.report.run_folders import panel, pretraining_run, transfer_run, write_spool
@@ -73,7 +74,7 @@ def test_a_page_asks_no_network_and_complains_of_nothing_and_shows_all(page: Pag
     assert page.evaluate("document.querySelectorAll('table').length") > 8
     page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     sizes = page.evaluate("[...document.querySelectorAll('.canvas > svg')].map(svg => svg.getBoundingClientRect().width)")
-    assert len(sizes) > 30
+    assert len(sizes) > 15
     assert min(sizes) > 100
     assert page.evaluate("getComputedStyle(document.querySelector('.canvas path[style*=\"--series\"]')).stroke.startsWith('rgb')")
 
@@ -135,6 +136,22 @@ def test_the_policy_stops_what_would_get_out_all_the_same(page: Page, report: Pa
     assert page.evaluate("[...document.scripts].length") == 2
     assert sum("Content Security Policy" in complaint for complaint in page.complaints) >= 2
     page.complaints.clear()
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_page_of_a_run_that_was_trained_shows_all(page: Page, synthetic_shards: Path, tmp_path: Path) -> None:
+    keys = {
+        "config": "configs/pretrain/demo.yaml", "data.shards": synthetic_shards, "data.crop_px": 32, "train.epochs": 2,
+        "train.validate_every_epochs": 1, "train.log_every_steps": 1, "engine.global_batch": 4, "launch.workers": 1,
+        "launch.cpus_per_worker": 1, "tracking.uri": "offline", "output": tmp_path / "runs",
+    }  # fmt: skip
+    assert main(["pretrain", *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]) == 0
+    check(page, write(tmp_path / "report.html", [tmp_path / "runs"]))
+    shown = page.evaluate("document.body.innerText")
+    assert "FINISHED" in shown
+    assert "Share of pixels that is kept whole, by class" in shown
+    assert page.evaluate("document.images.length") == 2
 
 
 class Outline(HTMLParser):
