@@ -62,6 +62,7 @@ def deliver(
         f"{result.tiles} test tiles: mIoU {100 * scores.mean_iou:.2f} %{interval}, overall accuracy "
         f"{100 * scores.overall_accuracy:.2f} %"
     )
+    refused = _register(config, result, measured, record) if config.evidence and measured is not None else None
     delivery = record.finish(config.tracking.patience_s)
     summary = RunSummary(
         run_dir=str(run_dir),
@@ -77,8 +78,8 @@ def deliver(
         packages={},
     )
     write_summary(run_dir, summary)
-    if config.evidence and measured is not None:
-        _register(config, result, measured)
+    if refused is not None:
+        raise refused
     return summary
 
 
@@ -93,12 +94,15 @@ def _evidence(result: TransferResult, tiles: Tiles, record: Record) -> Evidence 
     return evidence_of([result], [tiles], source=record.run_id)
 
 
-def _register(config: TransferConfig, result: TransferResult, measured: Evidence) -> None:
+def _register(config: TransferConfig, result: TransferResult, measured: Evidence, record: Record) -> RegistryError | None:
+    """Adds the evidence to the encoder's version, and tells; else what hindered it."""
     (used,) = result.encoders.values()
     try:
         Registry(registry_uri(config)).add_evidence(used.version, measured)
     except RegistryError as error:
-        raise RegistryError(
+        return RegistryError(
             f"{error} The run is whole in its folder; when that is mended: cromss registry evidence {used.version} "
             f"{result.run_dir / EVIDENCE_FILE}"
-        ) from error
+        )
+    record.tell(f"evidence {measured.key} added to {used.version}")
+    return None

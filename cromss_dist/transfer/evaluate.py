@@ -13,7 +13,8 @@ Layer 4. What the published code does (zhu-xlab/CromSS, `train_SSL4EO_pl_ft_{DWO
   nor metric; one confusion matrix over all scored tiles. Here always so, with padding by reflection where a stride asks for it.
 - A class that is in neither labels nor predictions counts as 1 in the means, one that is only predicted as 0 in mIoU and mF1 and
   as 1 in AA; here neither has a part in them. Not repeated: over whole test sets every class occurs.
-- Rates change once an epoch, here with each step; ranks of one device's batch norms and Dice (see docs/method.md). Not repeated.
+- The rate falls once an epoch, here with each step; arithmetic is fp16 on a GPU, here as `engine.precision` says. Not repeated.
+- DFC2020's networks have 8 classes; here 9, of which snow has no pixel: Dice is then 8/9 of the published.
 - The test set is scored after every epoch; which epoch the tables show (the last, the best) cannot be seen. Here it is the last.
 """
 

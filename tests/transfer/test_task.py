@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cromss_dist.config.transfer import TransferConfig
+from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.data.store.manifest import read_manifest, write_manifest
 from cromss_dist.encoders.golden import package_encoder
 from cromss_dist.errors import BandError, BatchError, ConfigError, RegistryError
@@ -107,6 +108,20 @@ def test_bands_are_selected_and_missing_ones_said_how(make_transfer: MakeTransfe
     assert torch.equal(selected, full[:, [S2_BANDS.index("B8"), S2_BANDS.index("B2")]])
     assert whole.contract is not None
     assert encoder.contract == whole.contract.select(("B8", "B2"))
+
+
+def test_a_run_of_both_modalities_sees_both(make_transfer: MakeTransfer) -> None:
+    arguments = (
+        "--encoder.name resnet18 --encoder.init random --encoder.depth 3 --encoder.s1_bands [VV] --encoder.s2_bands [B8,B2]"
+    )
+    task = Transfer.of(make_transfer(encoder=arguments.split()), world_size=1)
+    plan = task.train_plan(task.plan)
+    assert {spec.name for spec in plan.images} == {"s1", "s2_10m"}
+    with TrainLoader.of(plan, task.reading) as loader:
+        example = task.example(next(loader), torch.device("cpu"))
+    assert {modality: image.shape for modality, image in example.images.items()} == {"s1": (4, 1, 32, 32), "s2": (4, 2, 32, 32)}
+    (logits,) = task.build_model()(*example.images.values())
+    assert logits.shape == (4, 9, 32, 32)
 
 
 def test_an_alias_becomes_the_version_that_it_means(
