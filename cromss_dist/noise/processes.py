@@ -8,10 +8,12 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from cromss_dist.data.conversion.convert import Runner, run_here
 from cromss_dist.errors import ConfigError, WorkerError
+
+if TYPE_CHECKING:  # heavy
+    from cromss_dist.data.conversion.convert import Runner
 
 Shared = TypeVar("Shared")
 Job = TypeVar("Job")
@@ -20,7 +22,7 @@ Result = TypeVar("Result")
 _shared: list[Any] = []  # of a worker process: what its jobs have in common
 
 
-def process_runner(workers: int) -> Runner:
+def process_runner(workers: int) -> "Runner":
     """A runner in processes of this machine; of one it is a loop in this process.
 
     Args:
@@ -33,6 +35,8 @@ def process_runner(workers: int) -> Runner:
     if workers < 1:
         raise ConfigError(f"--workers {workers} is not allowed; give 1 or more.")
     if workers == 1:
+        from cromss_dist.data.conversion.convert import run_here
+
         return run_here
 
     def run(function: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job]) -> Generator[Result, None, None]:

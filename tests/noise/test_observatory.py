@@ -39,11 +39,11 @@ def test_what_is_said_of_a_pixel_follows_the_published_formulas() -> None:
     c1, c2 = p1[[0, 1], label[:2]], p2[[0, 1], label[:2]]
     refined = ((c1 + c1 * c2) / 2 + (c2 + c1 * c2) / 2) / 2
     assert said["suggested"].ravel().tolist() == mean.argmax(1).tolist() == [0, 2, 1]
-    close = {"abs": 0.5 / 254 + 1e-6}
-    assert from_measure(said["suggested_confidence"]).ravel() == pytest.approx(mean.max(1), **close)
-    assert from_measure(said["label_confidence"]).ravel()[:2] == pytest.approx(refined, **close)
+    close = 0.5 / 254 + 1e-6
+    assert from_measure(said["suggested_confidence"]).ravel() == pytest.approx(mean.max(1), abs=close)
+    assert from_measure(said["label_confidence"]).ravel()[:2] == pytest.approx(refined, abs=close)
     assert said["label_confidence"].ravel()[2] == IGNORE
-    assert from_measure(said["agreement"]).ravel() == pytest.approx(np.minimum(p1, p2).sum(1), **close)
+    assert from_measure(said["agreement"]).ravel() == pytest.approx(np.minimum(p1, p2).sum(1), abs=close)
 
 
 def test_the_cube_holds_what_both_branches_say_of_whole_patches(
@@ -127,7 +127,7 @@ def test_a_killed_command_goes_on_and_the_bytes_are_the_same(
 def test_a_cube_that_is_there_is_taken_or_refused(
     dataset: StoredArchive, segmenter: Segmenter, observations: StoredArchive, tmp_path: Path
 ) -> None:
-    def run_nothing(_function: Callable[[T, J], R], _shared: T, _jobs: Sequence[J]) -> Generator[R, None, None]:
+    def run_nothing(function: Callable[[T, J], R], shared: T, jobs: Sequence[J]) -> Generator[R, None, None]:
         raise AssertionError
         yield
 
