@@ -125,7 +125,7 @@ def shorten(value: float) -> str:
         power = min(int(np.log10(abs(value)) // 3), 4)
         return f"{value / 1000**power:g}{'kMGT'[power - 1]}"
     if 0 < abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.1e}".split("e")
+        mantissa, exponent = f"{value:.3e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:g}"
 

@@ -76,7 +76,8 @@ def test_stretches_of_a_long_line_have_its_means_and_extremes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (0.25, "0.25"), (1500, "1.5k"), (2e7, "20M"), (2e-5, "2e-5"), (-4000, "-4k")]
+    ("value", "text"),
+    [(0, "0"), (0.25, "0.25"), (1500, "1.5k"), (2e7, "20M"), (2e-5, "2e-5"), (4.95e-4, "4.95e-4"), (-4000, "-4k")],
 )
 def test_ticks_are_short(value: float, text: str) -> None:
     assert shorten(value) == text

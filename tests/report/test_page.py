@@ -87,7 +87,7 @@ def test_nothing_is_wider_than_the_window_of_a_phone(page: Page, report: Path) -
 
 
 @needs_chromium
-def test_colours_follow_the_readers_scheme_and_prints_are_light(page: Page, report: Path) -> None:
+def test_colours_follow_the_readers_scheme_and_prints_are_light_and_fit_the_paper(page: Page, report: Path) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
     page.open(report)
     light = page.evaluate(background)
@@ -95,6 +95,8 @@ def test_colours_follow_the_readers_scheme_and_prints_are_light(page: Page, repo
     assert page.evaluate(background) != light
     page.call("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     assert page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()") == "#22262b"
+    page.resize(720, 1000)  # A4, without margins of 1 cm
+    assert page.evaluate("document.documentElement.scrollWidth") == 720
     page.call("Emulation.setEmulatedMedia", media="")
 
 
