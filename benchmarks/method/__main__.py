@@ -11,7 +11,6 @@ Exit codes: 0 every gate holds; 1 one does not; else that of an error.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -83,7 +82,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, proves, writes; returns the exit code."""
     options = parse_arguments(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come: two of many threads on two cores are slower than of one
     work, size = options.work.absolute(), SIZES[options.size]
     found = prove(work, size, options.processes or size.processes)
     today = date.today().isoformat()

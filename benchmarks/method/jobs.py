@@ -1,19 +1,20 @@
-"""Runs jobs in processes of one thread each, and keeps what each returns, so that a run that was cut goes on."""
+"""Runs jobs in other processes, and keeps what each returns, so that what was cut goes on."""
 
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from cromss_dist.data.staging import write_atomically
+from cromss_dist.errors import WorkerError
 
 Json = dict[str, Any]
 
@@ -50,11 +51,12 @@ def run_jobs(work: Path, jobs: Sequence[Job], processes: int, tell: Callable[[st
 
     Raises:
         CromssError, OSError: of the first that fails; those that run are waited for, no other is begun.
+        WorkerError: a process died.
     """
     missing = [job for job in jobs if not _result_file(work, job.name).exists()]
     started, ended = time.monotonic(), 0
     # spawn: no threads or locks of this process. A new process now and then would cost more than it frees.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         running: dict[Future[Json], str] = {}
         waiting = iter(missing)
         while True:
@@ -64,7 +66,14 @@ def run_jobs(work: Path, jobs: Sequence[Job], processes: int, tell: Callable[[st
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                name, told = running.pop(future), future.result()
+                try:
+                    told = future.result()
+                except BrokenProcessPool as error:
+                    raise WorkerError(
+                        f"A process died while {' and '.join(running.values())} ran, most likely for lack of memory. The same "
+                        f"command goes on from there, with --processes 1 in half the memory; logs are in {work / 'logs'}."
+                    ) from error
+                name = running.pop(future)
                 ended += 1
                 left_min = (time.monotonic() - started) / ended * (len(missing) - ended) / 60
                 number = ended + len(jobs) - len(missing)
@@ -75,12 +84,12 @@ def _result_file(work: Path, name: str) -> Path:
     return work / "results" / f"{name}.json"
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _log_file(work: Path, name: str) -> Path:
+    return work / "logs" / f"{name}.log"
 
 
 def _run(work: Path, job: Job) -> Json:
-    log, result = work / "logs" / f"{job.name}.log", _result_file(work, job.name)
+    log, result = _log_file(work, job.name), _result_file(work, job.name)
     for path in (log, result):
         path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

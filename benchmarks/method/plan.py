@@ -190,7 +190,7 @@ SIZES: dict[str, Size] = {
         settings=SETTINGS,
         subsets=3,
     ),
-    # Two cores, about a minute: shows that it runs, and that pretrained beats random. Ranks nothing.
+    # Two cores, a minute or two: shows that it runs, and that pretrained beats random. Ranks nothing.
     "smoke": Size(
         places=48,
         control_places=0,
@@ -201,14 +201,14 @@ SIZES: dict[str, Size] = {
         decoder_channels=(64, 32, 16, 8),
         crop_px=32,
         batch=16,
-        steps=150,
+        steps=300,
         lr=3e-3,
         transfer_batch=8,
         transfer_steps=60,
         transfer_lr=3e-3,
         variants=("plain", "cromss", "clean"),
         seeds=1,
-        settings=(Setting("s2", "frozen", 8, "light"), Setting("s1", "frozen", 8, "light")),
+        settings=(Setting("s2", "frozen", 8, "light"),),
         subsets=1,
     ),
     # One GPU: the paper's network on patches of its size.
