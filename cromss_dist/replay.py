@@ -15,23 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from cromss_dist.config import BatchPlan
+from cromss_dist.config.transfer import TransferConfig
 from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.errors import CheckpointError, ConfigError
 from cromss_dist.models.recompute import recompute_activations
-from cromss_dist.parse import parse_run
+from cromss_dist.parse import parse_run, parse_run_of
 from cromss_dist.pretrain.task import Pretraining
 from cromss_dist.schema import IGNORE, Batch, Example
 from cromss_dist.train.safety.bundle import CONFIG_FILE, Bundle, Samples, read_bundle
 from cromss_dist.train.step.accumulation import join_examples
 from cromss_dist.train.step.engine import autocast, resolve_precision
 from cromss_dist.train.task import Task, TaskLoss
+from cromss_dist.transfer.task import Transfer
 from cromss_dist.world import World, choose_device, device_name
 
+PROG = "cromss replay"
 _MAX_ROWS = 8  # samples and tensors that are printed
 _SAME = 0.01  # relative: losses of a step on another machine
 _ALIKE = 0.5  # the same after one more step
@@ -118,15 +122,13 @@ def replay(folder: Path, overrides: Sequence[str] = ()) -> tuple[Bundle, Replaye
     bundle, weights = read_bundle(folder)
     if wrong := [flag for argument in overrides if (flag := argument.partition("=")[0]) in _NOT_ITS_OWN]:
         raise ConfigError(
-            f"cromss replay does not take {wrong[0]}: it computes one step and leaves the run alone. Give it dotted config "
+            f"{PROG} does not take {wrong[0]}: it computes one step and leaves the run alone. Give it dotted config "
             "keys alone, such as --engine.device cpu."
         )
-    # One process reads few batches: workers would take longer to start.
-    arguments = ["--config", str(folder / CONFIG_FILE), "--data.reading.workers", "0", *overrides]
-    config = parse_run(arguments, prog="cromss replay").config.with_absolute_paths()
+    task = _task_of(folder, overrides, bundle.plan.world_size)
+    config = task.config
     device = choose_device(config.engine.device)
     precision = resolve_precision(config.engine, device)
-    task = Pretraining.of(config, bundle.plan.world_size, trains_here=False)
     model = task.build_model()
     try:
         model.load_state_dict(weights)
@@ -152,6 +154,16 @@ def replay(folder: Path, overrides: Sequence[str] = ()) -> tuple[Bundle, Replaye
         outputs_not_finite=outputs,
         gradients_not_finite=[name for name, gradient in reversed(gradients.items()) if not _is_finite(gradient)],
     )
+
+
+def _task_of(folder: Path, overrides: Sequence[str], world_size: int) -> Task:
+    """What was trained, by the config in a bundle."""
+    # One process reads few batches: workers would take longer to start.
+    arguments = ["--config", str(folder / CONFIG_FILE), "--data.reading.workers", "0", *overrides]
+    if "encoder" in yaml.safe_load((folder / CONFIG_FILE).read_text()):
+        transfer = parse_run_of(TransferConfig, arguments, PROG).config.with_absolute_paths()
+        return Transfer.of(transfer, world_size, trains_here=False)
+    return Pretraining.of(parse_run(arguments, PROG).config.with_absolute_paths(), world_size, trains_here=False)
 
 
 def report(folder: Path, bundle: Bundle, found: Replayed, console: Console) -> None:

@@ -1,13 +1,16 @@
 """Config: defaults, YAML, overrides, and the errors that name the mend."""
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cromss_dist.config import DataConfig, EngineConfig, RunConfig, plan_batches
+from cromss_dist.config import DataConfig, EngineConfig, RunConfig, TrainConfig, plan_batches
+from cromss_dist.config.transfer import TransferConfig
 from cromss_dist.errors import BatchError, ConfigError, CromssError
-from cromss_dist.parse import from_dict, known_keys, parse_run, write_yaml
+from cromss_dist.parse import from_dict, known_keys, parse_run, parse_run_of, write_yaml
 from cromss_dist.pretrain.task import Pretraining
 from cromss_dist.schema import S2_9
 
@@ -82,6 +85,8 @@ def test_the_digest_follows_every_value() -> None:
         (["--model.decoder_channels", "[32,16]"], r"give 5 numbers"),
         (["--loss.prior_weight", "0.99"], r"add up to at most 1"),
         (["--launch.ray", "false", "--launch.workers", "2"], r"launch.ray=false runs one worker"),
+        (["--train.decay_epochs", "40"], r"train.decay_epochs=40.0 is not allowed; it is of train.schedule=cosine"),
+        (["--train.schedule=cosine", "--train.warmup_epochs=5", "--train.decay_epochs=5"], r"more than train.warmup_epochs"),
         (["--name", "../x"], r"name='../x' is not allowed"),
         (["--config", "nowhere.yaml"], r"does not exist"),
     ],
@@ -124,6 +129,28 @@ def test_a_login_in_the_tracking_uri_is_refused_and_not_repeated(uri: str) -> No
         parse_run(["--tracking.uri", uri])
     assert "canary" not in str(caught.value)
     assert parse_run(["--tracking.uri", "http://host:5000"]).config.tracking.uri == "http://host:5000"
+
+
+def test_keys_that_came_later_leave_the_digest_of_configs_that_do_not_use_them() -> None:
+    content = RunConfig().to_dict()
+    content["data"]["shards"] = [["shards", 1.0]]
+    del content["train"]["decay_epochs"], content["loss"]["consistency_reliability"]
+    assert RunConfig().digest == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    cosine = replace(RunConfig(), train=TrainConfig(schedule="cosine"))
+    assert replace(cosine, train=replace(cosine.train, decay_epochs=40.0)).digest != cosine.digest
+
+
+def test_each_kind_of_run_has_its_own_keys(tmp_path: Path) -> None:
+    config = parse_run_of(TransferConfig, ["--encoder.s2", "a", "--decoder", "fpn"]).config
+    assert from_dict(config.to_dict(), TransferConfig) == config
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse_run_of(TransferConfig, ["--resume", str(tmp_path)]).config == config
+    assert "decoder" in known_keys(TransferConfig)
+    assert "decoder" not in known_keys(RunConfig)
+    with pytest.raises(ConfigError, match=r"Unknown config key 'model.encoder'; did you mean encoder"):
+        parse_run_of(TransferConfig, ["--encoder.s2", "a", "--model.encoder", "resnet18"])
+    with pytest.raises(ConfigError, match=r"Unknown config key 'data.train'"):
+        parse_run(["--resume", str(tmp_path)])
 
 
 def test_every_key_is_known() -> None:
