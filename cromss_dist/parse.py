@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -21,7 +21,11 @@ from cromss_dist.cluster import CLUSTER_FILE, ClusterConfig
 from cromss_dist.config import BaseRunConfig, RunConfig
 from cromss_dist.errors import ConfigError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Config = TypeVar("Config", bound=BaseRunConfig)
+Schema = TypeVar("Schema", bound="DataclassInstance")
 
 CONFIG_FILE = "config.yaml"  # in the run's folder
 # Beside the config's keys:
@@ -30,10 +34,10 @@ _CLUSTER_FLAGS = ("cluster", "detach", "allow-insecure")
 
 
 @dataclass(frozen=True)
-class ParsedRun(Generic[Config]):
+class ParsedRun(Generic[Schema]):
     """What a launcher's command line says."""
 
-    config: Config
+    config: Schema
     dry_run: bool = False
     resume: Path | None = None  # absolute folder of the run that goes on; None starts a new one
     fresh: bool = False  # whether it starts over
@@ -63,12 +67,12 @@ def parse_run(
 
 
 def parse_run_of(
-    schema: type[Config],
+    schema: type[Schema],
     argv: Sequence[str] | None = None,
     prog: str | None = None,
     description: str | None = None,
     clusters: bool = False,
-) -> ParsedRun[Config]:
+) -> ParsedRun[Schema]:
     """Parses a launcher's arguments; `argv` defaults to `sys.argv[1:]`.
 
     With `--resume RUN_DIR` the run's own config, and cluster, take the place of the defaults, wherever the flag stands. A folder
@@ -158,7 +162,7 @@ def to_yaml(config: BaseRunConfig | ClusterConfig) -> str:
     return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
 
 
-def from_dict(values: dict[str, Any], schema: type[Config]) -> Config:
+def from_dict(values: dict[str, Any], schema: type[Schema]) -> Schema:
     """The config of a resolved dictionary, with every check of the command line.
 
     Raises:
@@ -178,7 +182,7 @@ def _parser(prog: str | None = None, description: str | None = None) -> Argument
     return ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False, allow_abbrev=False)
 
 
-def _run_config(schema: type[Config], parser: ArgumentParser, namespace: Namespace) -> Config:
+def _run_config(schema: type[Schema], parser: ArgumentParser, namespace: Namespace) -> Schema:
     init = parser.instantiate(namespace)
     return schema(**{item.name: getattr(init, item.name) for item in fields(schema)})
 
