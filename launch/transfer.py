@@ -20,7 +20,7 @@ from rich.table import Table
 
 from cromss_dist.commands.compare import print_comparison, print_lines
 from cromss_dist.commands.printing import print_table, shown
-from cromss_dist.errors import ConfigError, PreemptedError, TrainingError, main_guard
+from cromss_dist.errors import ConfigError, CromssError, PreemptedError, ResultError, TrainingError, main_guard
 from cromss_dist.parse import ParsedRun, parse_run_of
 from cromss_dist.tracking.run.spool import EVENTS_FILE, Tail
 from cromss_dist.train.safety.stop import forget_stop, handling_signals, holding_signals, request_stop, stop_requested
