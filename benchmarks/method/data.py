@@ -6,6 +6,7 @@ Controls have the images of the first pretraining and test places, and labels th
 """
 
 import hashlib
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -105,7 +106,8 @@ def make_datasets(work: Path, size: Size, part: Part, noise: Noise, console: Con
         The generator's report, and the digest of each dataset.
     """
     archive = work / "archives" / f"{part}-{noise}"
-    report = write_archive(archive, SyntheticConfig(**size.archive_of(part, noise)), overwrite=True)
+    workers = max(1, (os.cpu_count() or 1) // size.processes)  # the cores that no other job has
+    report = write_archive(archive, SyntheticConfig(**size.archive_of(part, noise)), workers=workers, overwrite=True)
     source: Source = open_archive(archive)
     sources: dict[str, Source]
     match part:

@@ -141,9 +141,8 @@ def _differences(found: Findings) -> list[str]:
     header = ("", *(setting.name for setting in found.results))
     pairs = dict.fromkeys(pair for of in found.differences.values() for pair in of)
     rows = [
-        (f"{first} - {second}", *(points(found.differences[setting][first, second]) for setting in found.results))
+        (f"{first} - {second}", *(points(found.differences[setting][first, second].pairs) for setting in found.results))
         for first, second in pairs
-        if first != RANDOM
     ]
     return [
         "## Paired differences",

@@ -213,7 +213,7 @@ SIZES: dict[str, Size] = {
     ),
     # One GPU: the paper's network on patches of its size.
     "gpu": Size(
-        places=1024,
+        places=512,
         control_places=0,
         test_places=120,
         labelled_places=64,

@@ -29,7 +29,7 @@ Differences: TypeAlias = Mapping[Setting, Mapping[tuple[str, str], Difference]]
 def paired_differences(
     results: Mapping[Setting, Sequence[TransferResult]], common: Sequence[str], resampling: Resampling
 ) -> dict[Setting, dict[tuple[str, str], Difference]]:
-    """Every variant against plain noisy-label pretraining and against none.
+    """What there is to tell of variants: each against no pretraining, against plain, and against the method, no pair twice.
 
     Args:
         results: Of each setting all runs.
@@ -41,17 +41,17 @@ def paired_differences(
     """
     told: dict[Setting, dict[tuple[str, str], Difference]] = {}
     for setting, runs in results.items():
-        told[setting] = {
-            (comparison.first, comparison.second): comparison.metrics["miou"]
-            for against in (BASELINE, RANDOM)
-            for comparison in compare(runs, [run for run in runs if run.name == against], resampling, common)
-        }
+        told[setting], rest = {}, list(runs)
+        for against in (RANDOM, BASELINE, METHOD):
+            other, rest = [r for r in rest if r.name == against], [r for r in rest if r.name != against]
+            for comparison in compare(rest, other, resampling, common):
+                told[setting][comparison.first, comparison.second] = comparison.metrics["miou"]
     return told
 
 
-def over_all(differences: Differences, variant: str, settings: Iterable[Setting]) -> Spread:
-    """A variant minus plain pretraining over all pairs of some settings; shares."""
-    return Spread.of([pair for setting in settings for pair in differences[setting][variant, BASELINE].pairs])
+def pairs_of(differences: Differences, variant: str, settings: Iterable[Setting]) -> tuple[float, ...]:
+    """A variant minus plain pretraining: all pairs of some settings; shares."""
+    return tuple(pair for setting in settings for pair in differences[setting][variant, BASELINE].pairs)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def able_settings(differences: Differences) -> list[Setting]:
 def in_words(differences: Differences) -> list[str]:
     """What the transfer says of the methods, and whether it can say anything."""
     able = able_settings(differences)
-    worth = ", ".join(f"{setting.name} {points(of[CEILING, BASELINE])}" for setting, of in differences.items())
+    worth = ", ".join(f"{setting.name} {points(of[CEILING, BASELINE].pairs)}" for setting, of in differences.items())
     lines = [f"What there is to win, clean labels over {BASELINE}, points mIoU (pairs above 0): {worth}."]
     if able:
         names = ", ".join(setting.name for setting in able)
@@ -121,22 +121,19 @@ def in_words(differences: Differences) -> list[str]:
         lines.append(f"**This test cannot rank methods**: in no setting are clean labels worth {POWER_POINTS:g} points.")
     variants = dict.fromkeys(variant for of in differences.values() for variant, against in of if against == BASELINE)
     for variant in variants:
-        if variant in (RANDOM, CEILING):
+        if variant == CEILING:
             continue
-        overall = over_all(differences, variant, differences)
-        told = [f"all settings {_spread(overall)}"]
+        overall = pairs_of(differences, variant, differences)
+        told = [f"all settings {points(overall)}"]
         if able:
-            told.append(f"those that can rank {_spread(over_all(differences, variant, able))}")
-        verdict = "not worse" if 100 * overall.mean >= -MARGIN_POINTS else "worse"
+            told.append(f"those that can rank {points(pairs_of(differences, variant, able))}")
+        verdict = "not worse" if 100 * fmean(overall) >= -MARGIN_POINTS else "worse"
         lines.append(f"{variant} over {BASELINE}: {', '.join(told)}; {verdict} by more than {MARGIN_POINTS:g} points.")
     return lines
 
 
-def points(difference: Difference) -> str:
-    """Mean, spread and signs of a difference: '+1.0 +- 2.0 (2 of 3)'."""
-    return f"{_spread(difference.spread)} ({difference.positive} of {len(difference.pairs)})"
-
-
-def _spread(spread: Spread) -> str:
+def points(pairs: Sequence[float]) -> str:
+    """Mean, spread and signs of paired differences: '+1.0 +- 2.0 (2 of 3)'."""
+    spread = Spread.of(pairs)
     between = "" if spread.runs < 2 else f" +- {100 * spread.std:.1f}"
-    return f"{100 * spread.mean:+.1f}{between}"
+    return f"{100 * spread.mean:+.1f}{between} ({sum(pair > 0 for pair in pairs)} of {len(pairs)})"
