@@ -147,6 +147,7 @@ def test_two_ranks_train_and_score_as_one(mode: str, make_transfer: MakeTransfer
     assert read_tiles(read_result(two)).keys == read_tiles(read_result(one)).keys
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"real tiles are not at {REAL}")
 def test_real_tiles_of_dynamic_world_give_a_result(encoder_package: Path, tmp_path: Path) -> None:
     train, test = (convert(open_archive(REAL, f"dw_{part}"), tmp_path / part).folder for part in ("train", "test"))
