@@ -1,5 +1,7 @@
 """The runner in processes: results, errors, and what a killed process becomes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from cromss_dist.noise.observatory import Observatory, observe
 from cromss_dist.noise.processes import process_runner
 from cromss_dist.noise.segmenter import Segmenter
 from tests.noise.jobs import add
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_one_worker_is_this_process_and_less_is_refused() -> None:
@@ -32,14 +36,27 @@ def test_a_killed_process_is_an_error_that_says_what_to_do() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ray", [False, True])
 def test_the_cube_is_the_same_by_two_processes(
-    ray: bool, dataset: StoredArchive, segmenter: Segmenter, observations: StoredArchive, tmp_path: Path
+    dataset: StoredArchive, segmenter: Segmenter, observations: StoredArchive, tmp_path: Path
 ) -> None:
-    from launch.parallel import ray_runner
+    observe(Observatory(dataset, segmenter), tmp_path / "cube", run=process_runner(2))
+    assert_same(tmp_path / "cube", observations)
 
-    run = ray_runner(2) if ray else process_runner(2)
-    observe(Observatory(dataset, segmenter), tmp_path / "cube", run=run)
+
+@pytest.mark.slow
+def test_the_cube_is_the_same_on_ray(
+    dataset: StoredArchive, segmenter: Segmenter, observations: StoredArchive, tmp_path: Path
+) -> None:
+    config = segmenter.weights.with_name("config.yaml")
+    model = ["--weights", str(segmenter.weights), "--config", str(config)]
+    place = ["--manifest", dataset.location, "--out", str(tmp_path / "cube"), "--workers", "2", "--panels", "1"]
+    done = subprocess.run([sys.executable, "launch/noise.py", *model, *place], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "What the model thinks of the labels" in done.stdout
+    assert_same(tmp_path / "cube", observations)
+
+
+def assert_same(folder: Path, observations: StoredArchive) -> None:
     for path in Path(observations.location).rglob("*"):
         if path.is_file():
-            assert (tmp_path / "cube" / path.relative_to(observations.location)).read_bytes() == path.read_bytes(), path
+            assert (folder / path.relative_to(observations.location)).read_bytes() == path.read_bytes(), path
