@@ -1,9 +1,12 @@
 """Jobs in processes, whose results stay."""
 
 import os
+import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -47,6 +50,30 @@ def test_after_a_failure_no_other_begins_and_only_the_rest_is_run_again(tmp_path
 
 def die(console: Console) -> dict[str, Any]:
     os._exit(9)
+
+
+def sleep(pid_file: Path, console: Console) -> dict[str, Any]:
+    pid_file.write_text(str(os.getpid()))
+    time.sleep(100)
+    return {}
+
+
+def run_sleeper(work: Path) -> None:
+    run_jobs(work, [Job("sleeper", sleep, (work / "pid",))], 1, print)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    main = get_context("spawn").Process(target=run_sleeper, args=(tmp_path,))
+    main.start()
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worker = psutil.Process(int((tmp_path / "pid").read_text()))
+    main.kill()
+    main.join()
+    assert psutil.wait_procs([worker], timeout=60)[0]
 
 
 @pytest.mark.slow
