@@ -5,7 +5,7 @@ Layer 4. A pixel's features are those of all stages of all encoders, each map br
 B tiles, C classes, D features of a pixel, P pixels, H rows, W columns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,6 +128,8 @@ class FrozenEncoders(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.encoders = nn.ModuleDict()
+        self.random = [modality for modality in MODALITIES if modality in specs and specs[modality].weights is None]
+        """Modalities of the encoders that were drawn."""
         for modality in MODALITIES:
             if modality not in specs:
                 continue
@@ -146,6 +148,21 @@ class FrozenEncoders(nn.Module):
     def train(self, mode: bool = True) -> "FrozenEncoders":
         """As torch's, and changes nothing."""
         return super().train(False)
+
+    def settle(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Gives the batch norms of drawn encoders statistics: the mean over batches of images as `forward` takes them.
+
+        Without any, features grow from block to block: the baseline would be worse than it has to be.
+        """
+        drawn = [encoder for modality, encoder in self.encoders.items() if modality in self.random]
+        norms = [m for encoder in drawn for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean
+            norm.train()
+        for images in batches:
+            self(*images)
+        self.train()
 
     def forward(self, *images: Tensor) -> list[Tensor]:
         """Feature maps.

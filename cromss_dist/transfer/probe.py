@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cromss_dist.data.loading.loader import EvalLoader
 from cromss_dist.schema import IGNORE, Batch, Example
 from cromss_dist.transfer.evaluate import ScoredTiles, evaluate
 from cromss_dist.transfer.panels import TilePanel
@@ -205,6 +206,9 @@ def look(task: Transfer, world: World, tell: Callable[[str], None]) -> Look:
     drawn = pixels.selection(task.train.num_seasons)
     tell(f"learning from {len(pixels.ids):,} pixels of {len(drawn.ids)} training tiles, {sum(encoders.widths)} features each")
     learnt = replace(task.test, dataset=task.train, selection=drawn, multiple=encoders.input_multiple)
+    if encoders.random:
+        with _loader(learnt, task, world) as loader:
+            encoders.settle(tuple(learnt.example(batch, world.device).images.values()) for batch in loader)
     features = _features(encoders, pixels, learnt, task, world)
     test = replace(task.test, multiple=encoders.input_multiple)
     network: LinearProbe | NearestNeighbours
@@ -214,7 +218,7 @@ def look(task: Transfer, world: World, tell: Callable[[str], None]) -> Look:
         test = ScoredGrid(test.dataset, test.selection, test.bands, test.multiple)
         network = NearestNeighbours(encoders, features, pixels, test.lines, test.lines)
     num_panels = config.train.panel_samples if config.mode == "linear" else 0
-    tiles, panels = evaluate(network.to(world.device), test, task.plan, world, config.data.reading, num_panels, lambda _: None)
+    tiles, panels = evaluate(network.to(world.device), test, task.plan, world, task.reading, num_panels, lambda _: None)
     return Look(tiles, panels, len(pixels.ids))
 
 
@@ -224,7 +228,7 @@ def _features(encoders: FrozenEncoders, pixels: Pixels, tiles: ScoredTiles, task
     side = tiles.dataset.patch_px
     padding = -side % tiles.multiple
     rows, cols = (torch.from_numpy(places + padding // 2) for places in (pixels.rows, pixels.cols))
-    with tiles.loader(task.plan, 0, task.config.data.reading, pin_memory=world.device.type == "cuda") as loader:
+    with _loader(tiles, task, world) as loader:
         for batch in loader:
             stages: Sequence[Tensor] = encoders(*tiles.example(batch, world.device).images.values())
             for i, (sample_id, season) in enumerate(zip(batch.sample_ids.tolist(), batch.seasons.tolist(), strict=True)):
@@ -232,3 +236,7 @@ def _features(encoders: FrozenEncoders, pixels: Pixels, tiles: ScoredTiles, task
                 at = (rows[here].to(world.device), cols[here].to(world.device))
                 features[here] = features_at([stage[i : i + 1] for stage in stages], *at, side + padding)[0].cpu()
     return features
+
+
+def _loader(tiles: ScoredTiles, task: Transfer, world: World) -> EvalLoader:
+    return tiles.loader(task.plan, world.rank, task.reading, pin_memory=world.device.type == "cuda")

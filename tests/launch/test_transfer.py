@@ -1,8 +1,10 @@
 """Sweeps from their command: what is run, what is skipped, what failures cost, what is told."""
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from rich.console import Console
 from cromss_dist.config.transfer import TransferConfig
 from cromss_dist.errors import ConfigError, PreemptedError, main_guard
 from cromss_dist.parse import ParsedRun, from_dict, parse_run_of
-from cromss_dist.tracking.run.spool import Spool
+from cromss_dist.tracking.run.spool import Spool, read_events
 from cromss_dist.train.safety.stop import request_stop
 from cromss_dist.transfer.results import find_results, write_result
 from launch import sweep as sweep_module
@@ -207,3 +209,30 @@ def test_two_workers_of_ray_compute_what_one_process_does_and_survive_a_run_that
         found[workers] = [(r.mode, r.confusion) for r in find_results([tmp_path / workers])]
     assert len(found["0"]) == 2
     assert found["0"] == found["2"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_sweep_on_ray_saves_what_runs_and_the_same_command_goes_on(synthetic_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text(QUICK_TASK.replace("epochs: 1,", "epochs: 200,"))
+    path, output = tmp_path / "sweep.yaml", tmp_path / "sweep"
+    path.write_text(QUICK.replace("QUICK_TASK", str(tmp_path / "task.yaml")).replace("SHARDS", str(synthetic_shards)))
+    command = [sys.executable, str(ROOT / "launch" / "transfer.py"), f"--config={path}", f"--output={output}"]
+    command += ["--workers=1", "--modes=[frozen]", "--seeds=[0,1]"]
+    run_dir = output / "mine-small-frozen-all-s0"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as sweep:
+        while not (run_dir / "events.jsonl").exists() or not list(read_events(run_dir, "progress")):
+            assert sweep.poll() is None
+            time.sleep(0.2)
+        sweep.send_signal(signal.SIGTERM)
+        _, errors = sweep.communicate(timeout=300)
+    assert sweep.returncode == 75, errors
+    assert "The sweep was asked to stop; 4 of 4 runs are not done." in errors
+    assert [folder.name for folder in output.iterdir() if folder.is_dir()] == [run_dir.name]
+    (saved,) = read_events(run_dir, "stopping")
+    again = subprocess.run(
+        [*command, "--encoders={small: [{init: random, name: resnet18, depth: 3, s1_bands: [VV, VH]}]}", "--seeds=[0]"],
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    (resumed,) = read_events(run_dir, "resumed")
+    assert resumed["step"] == saved["step"]

@@ -111,6 +111,19 @@ def test_encoders_stay_as_they_are() -> None:
     assert (frozen.widths, frozen.input_multiple) == ((64, 64, 128), 8)
 
 
+def test_batch_norms_of_a_drawn_encoder_alone_get_the_statistics_of_the_tiles() -> None:
+    weights = build_encoder("resnet18", 3, 3).state_dict()
+    both = FrozenEncoders({"s1": SPEC, "s2": EncoderSpec("resnet18", 3, 3, weights)}, seed=0)
+    batches = [(torch.rand(4, 2, 16, 16), torch.rand(4, 3, 16, 16)) for _ in range(3)]
+    both.settle(batches)
+    first = both.encoders["s1"].get_submodule("conv1")
+    means = torch.stack([first(s1).mean((0, 2, 3)) for s1, _ in batches])
+    torch.testing.assert_close(both.encoders["s1"].state_dict()["bn1.running_mean"], means.mean(0))
+    assert all(torch.equal(value, weights[name]) for name, value in both.encoders["s2"].state_dict().items())
+    one, other = both(*batches[0]), both(*batches[0])
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), "evaluation mode again"
+
+
 def test_features_of_two_encoders_stand_side_by_side_s1_first() -> None:
     both = FrozenEncoders({"s2": EncoderSpec("resnet18", 3, 3), "s1": SPEC}, seed=4)
     s1 = FrozenEncoders({"s1": SPEC}, seed=4)
