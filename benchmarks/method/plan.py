@@ -17,6 +17,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cromss": {},
     "no-consistency": {"consistency": "none"},
     "reliability": {"consistency_reliability": "agreement"},  # beyond the paper: docs/method.md
+    "weak-consistency": {"consistency_weight": 0.5},  # the remedy also ties less: what that alone does
     "clean": PLAIN,  # the same with the truth as labels: what there is to win
 }
 Control: TypeAlias = Literal["uniform", "image-only"]
