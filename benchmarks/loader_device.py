@@ -65,7 +65,7 @@ def _row(loader: TrainLoader, size: int) -> str:
 
     def train(example: Example) -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            features = [encoder(image)[-1] for encoder, image in zip(encoders, (example.s1, example.s2), strict=True)]
+            features = [encoder(image)[-1] for encoder, image in zip(encoders, example.images.values(), strict=True)]
             loss = sum((feature.float().square().mean() for feature in features), torch.zeros((), device=device))
         loss.backward()
         encoders.zero_grad(set_to_none=True)

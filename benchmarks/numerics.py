@@ -111,7 +111,7 @@ def make_batches(folder: Path, number: int) -> list[Example]:
     data = DataConfig(shards=str(convert(open_archive(archive), folder / "shards").folder), crop_px=CROP_PX)
     plan = plan_batches(EngineConfig(global_batch=GLOBAL_BATCH), 1)
     with RunData.open(data, SEED).train_loader(plan) as loader:
-        return [train_example(next(loader), data, "ts", SEED, "cpu") for _ in range(number)]
+        return [train_example(next(loader), data, data.s1_bands, data.s2_bands, "ts", SEED, "cpu") for _ in range(number)]
 
 
 def cut(whole: Example, part: int, parts: int) -> Example:
@@ -155,7 +155,7 @@ def _train_rank(
     losses, kept, gradient = [], torch.empty(0), torch.empty(0)
     for step, batch in enumerate(batches):
         part = cut(batch, rank, way.ranks)
-        logits_s1, logits_s2 = networks(part.s1.to(dtype), part.s2.to(dtype))
+        logits_s1, logits_s2 = networks(part.images["s1"].to(dtype), part.images["s2"].to(dtype))
         out = loss(logits_s1, logits_s2, part.label, part.prior, PROGRESS, part.weights)
         own = torch.autograd.grad(out.total, parameters)
         mean = [reduce_sum(part) / way.ranks for part in own]

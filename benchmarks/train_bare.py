@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from cromss_dist.data.loading.augment import train_example
 from cromss_dist.losses import CromssLoss
 from cromss_dist.parse import parse_run
-from cromss_dist.train.preflight import Preflight
+from cromss_dist.pretrain.task import Pretraining
 from cromss_dist.train.step.engine import resolve_memory_format
 
 
@@ -25,16 +24,16 @@ def main() -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG")
     config = parse_run(["--config", str(parser.parse_args().config)]).config
     torch.set_num_threads(config.launch.cpus_per_worker)
-    preflight, train = Preflight.of(config, 1), config.train
-    model, loss = preflight.build_model(), CromssLoss(config.loss)
+    task, train = Pretraining.of(config, 1), config.train
+    model, loss = task.build_model(), CromssLoss(config.loss)
     optimizer = torch.optim.Adam(model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
     memory_format = resolve_memory_format(config.engine, torch.device("cpu"))
-    timeline = preflight.timeline
-    with preflight.data.train_loader(preflight.plan) as batches:
+    timeline = task.timeline
+    with task.data.train_loader(task.plan) as batches:
         started = time.perf_counter()
         for step in range(1, timeline.total_steps + 1):
-            example = train_example(next(batches), config.data, config.loss.prior, config.seed, "cpu")
-            s1, s2 = (x.contiguous(memory_format=memory_format) for x in (example.s1, example.s2))
+            example = task.example(next(batches), torch.device("cpu"))
+            s1, s2 = (x.contiguous(memory_format=memory_format) for x in example.images.values())
             progress = timeline.epochs((step - 1) * timeline.global_batch)
             logits_s1, logits_s2 = model(s1, s2)
             total = loss(logits_s1, logits_s2, example.label, example.prior, progress, example.weights).total

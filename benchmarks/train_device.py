@@ -130,6 +130,6 @@ def count_flops(device: torch.device) -> float:
     model, example = build_model(SIZE, device), make_inputs(SIZE, device, 0, 1).example
     model.eval()  # batch norms of one sample
     with FlopCounterMode(display=False) as counter:
-        s1, s2 = model(example.s1, example.s2)
+        s1, s2 = model(*example.images.values())
         (s1.sum() + s2.sum()).backward()
     return SIZE.batch * float(counter.get_total_flops())

@@ -18,6 +18,7 @@ from cromss_dist.config import EngineConfig, FaultConfig, LossConfig, ModelConfi
 from cromss_dist.data.loading.prior import label_prior
 from cromss_dist.losses import CromssLoss
 from cromss_dist.models.two_branch import TwoBranchUNet
+from cromss_dist.pretrain.loss import BranchLoss
 from cromss_dist.schema import NUM_CLASSES, NUM_SEASONS, S1_BANDS, S2_BANDS, Example
 from cromss_dist.train.figures.meter import Meter
 from cromss_dist.train.safety.guard import Guard
@@ -90,7 +91,7 @@ def make_inputs(size: Size, device: torch.device, first: int, samples: int) -> I
 
     s1, s2 = torch.split(part(images), [len(S1_BANDS), len(S2_BANDS)], 1)
     weights = torch.ones(samples, device=device)
-    example = Example(s1.contiguous(), s2.contiguous(), part(label), prior=None, reference=None, weights=weights)
+    example = Example({"s1": s1.contiguous(), "s2": s2.contiguous()}, part(label), prior=None, reference=None, weights=weights)
     return Inputs(example, part(labels), part(seasons), part(rows), part(cols))
 
 
@@ -114,9 +115,10 @@ class OurStep:
         self.plan = plan_batches(engine, world.size)
         self.model = build_model(size, world.device)
         self.engine = Engine(self.model, engine, TRAIN, self.plan, world)
-        self.loss = CromssLoss(loss, reduce_sum=world.reduce_sum if world.size > 1 else None, world_size=world.size)
+        reduce_sum = world.reduce_sum if world.size > 1 else None
+        self.loss = BranchLoss(CromssLoss(loss, reduce_sum=reduce_sum, world_size=world.size))
         self.guard = Guard(FaultConfig(), world)
-        self.meter = Meter(world.device, self.plan.global_batch)
+        self.meter = Meter(world.device, self.plan.global_batch, self.loss.figures)
         micro, accumulation = self.plan.micro_batch, self.plan.accumulation_steps
         starts = [(world.rank * accumulation + number) * micro for number in range(accumulation)]
         self.inputs = [make_inputs(size, world.device, start, micro) for start in starts]
@@ -145,7 +147,7 @@ def bare_step(size: Size, device: torch.device, precision: torch.dtype = torch.f
 
     def take() -> float:
         example = inputs.with_prior()
-        s1, s2 = (x.contiguous(memory_format=memory_format) for x in (example.s1, example.s2))
+        s1, s2 = (x.contiguous(memory_format=memory_format) for x in example.images.values())
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits_s1, logits_s2 = model(s1, s2)
         total = loss(logits_s1, logits_s2, example.label, example.prior, EPOCH, example.weights).total
@@ -164,7 +166,7 @@ def published_step(size: Size, device: torch.device) -> Callable[[], float]:
 
     def take() -> float:
         example = inputs.example
-        return step(example.s1, example.s2, example.label, inputs.published_prior(), EPOCH)["total"]
+        return step(*example.images.values(), example.label, inputs.published_prior(), EPOCH)["total"]
 
     return take
 

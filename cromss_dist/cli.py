@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from cromss_dist import __version__
+from cromss_dist.commands.compare import add_compare
+from cromss_dist.commands.noise import add_noise
 from cromss_dist.commands.registry import add_registry
+from cromss_dist.commands.report import add_report
 from cromss_dist.commands.track import add_track
+from cromss_dist.commands.transfer import add_transfer
 from cromss_dist.errors import main_guard
 
 
@@ -45,6 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_plan(commands)
     _add_probe(commands)
+    add_transfer(commands)
+    add_compare(commands)
+    add_noise(commands)
+    add_report(commands)
     add_track(commands)
     add_registry(commands)  # further commands go here, one `_add_<command>` each
     return parser
@@ -60,13 +68,14 @@ def _pretrain(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from cromss_dist.parse import parse_run
-    from cromss_dist.pretrain import report, run_in_process
-    from cromss_dist.train.preflight import Preflight
+    from cromss_dist.pretrain.run import run_in_process
+    from cromss_dist.pretrain.task import Pretraining
+    from cromss_dist.train.run.conduct import report
 
     description = "Pretrains in this process, for debugging and small runs; launch/pretrain.py starts many workers."
     parsed = parse_run(options.rest, prog="cromss pretrain", description=description)
     if parsed.dry_run:
-        print(Preflight.of(parsed.config.with_absolute_paths(), world_size=1).describe())
+        print(Pretraining.of(parsed.config.with_absolute_paths(), world_size=1).describe())
         return
     console = Console()
     report(run_in_process(parsed, console), console)

@@ -113,6 +113,12 @@ class UnknownEncoderError(RegistryError):
     """The registry answers, and has no such model, version or alias."""
 
 
+class ResultError(CromssError):
+    """Results of a transfer run are missing or damaged, or results cannot be compared."""
+
+    exit_code = 23
+
+
 class WorkerError(CromssError):
     """A process of a parallel command died again and again."""
 

@@ -1,4 +1,4 @@
-"""Command line and YAML to a `RunConfig`.
+"""Command line and YAML to the config of a run.
 
 Layer 1. jsonargparse does the work (types, YAML, dotted overrides, `--print_config`, `--help` from the docstrings);
 here its errors become a ConfigError that names the nearest valid key.
@@ -12,14 +12,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from cromss_dist.cluster import CLUSTER_FILE, ClusterConfig
-from cromss_dist.config import RunConfig
+from cromss_dist.config import BaseRunConfig, RunConfig
 from cromss_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound=BaseRunConfig)
+Schema = TypeVar("Schema", bound="DataclassInstance")
 
 CONFIG_FILE = "config.yaml"  # in the run's folder
 # Beside the config's keys:
@@ -28,10 +34,10 @@ _CLUSTER_FLAGS = ("cluster", "detach", "allow-insecure")
 
 
 @dataclass(frozen=True)
-class ParsedRun:
+class ParsedRun(Generic[Schema]):
     """What a launcher's command line says."""
 
-    config: RunConfig
+    config: Schema
     dry_run: bool = False
     resume: Path | None = None  # absolute folder of the run that goes on; None starts a new one
     fresh: bool = False  # whether it starts over
@@ -41,7 +47,7 @@ class ParsedRun:
     allow_insecure: bool = False  # whether a cluster is joined that lets anyone in
 
 
-def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
+def known_keys(schema: type, prefix: str = "") -> list[str]:
     """Every dotted key of the config, groups included."""
     keys = []
     hints = get_type_hints(schema)
@@ -55,13 +61,25 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
 
 def parse_run(
     argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = None, clusters: bool = False
-) -> ParsedRun:
+) -> ParsedRun[RunConfig]:
+    """Parses the arguments of a pretraining; see `parse_run_of`."""
+    return parse_run_of(RunConfig, argv, prog, description, clusters)
+
+
+def parse_run_of(
+    schema: type[Schema],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    description: str | None = None,
+    clusters: bool = False,
+) -> ParsedRun[Schema]:
     """Parses a launcher's arguments; `argv` defaults to `sys.argv[1:]`.
 
     With `--resume RUN_DIR` the run's own config, and cluster, take the place of the defaults, wherever the flag stands. A folder
     that only a cluster sees cannot be read here: the run's config has to be given again.
 
     Args:
+        schema: The config of that kind of run.
         argv: Without the program's name.
         prog: Of the help.
         description: Of the help.
@@ -81,7 +99,7 @@ def parse_run(
     parser.add_argument("--resume", metavar="RUN_DIR", help="Goes on with a run, from its newest checkpoint and with its config.")
     parser.add_argument("--fresh", action="store_true", help="With --resume: sets aside what the run has left and starts over.")
     parser.add_argument("--profile", action="store_true", help="Writes a trace of a few steps into the run's folder.")
-    parser.add_class_arguments(RunConfig, as_group=False)
+    parser.add_class_arguments(schema, as_group=False)
     ahead = [f"--config={resume / CONFIG_FILE}"] if resume and here else []
     if clusters:
         parser.add_argument("--detach", action="store_true", help="Ends when the job is submitted, and does not follow it.")
@@ -93,10 +111,10 @@ def parse_run(
             ahead.append(f"--cluster={resume / CLUSTER_FILE}")
     try:
         namespace = parser.parse_args([*ahead, *arguments])
-        config = _run_config(parser, namespace)
+        config = _run_config(schema, parser, namespace)
         cluster = parser.instantiate(namespace).cluster if clusters else ClusterConfig()
     except (ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(_explain(str(error), clusters)) from error
+        raise ConfigError(_explain(str(error), schema, clusters)) from error
     if resume and not here:
         if not cluster.elsewhere:
             raise ConfigError(
@@ -134,28 +152,28 @@ def _run_to_resume(arguments: list[str]) -> Path | None:
     return Path(found).expanduser().absolute()
 
 
-def write_yaml(config: RunConfig | ClusterConfig, path: Path) -> None:
+def write_yaml(config: BaseRunConfig | ClusterConfig, path: Path) -> None:
     """Writes the resolved config, so that `--config PATH` or `--cluster PATH` repeats it."""
     path.write_text(to_yaml(config))
 
 
-def to_yaml(config: RunConfig | ClusterConfig) -> str:
+def to_yaml(config: BaseRunConfig | ClusterConfig) -> str:
     """The resolved config as YAML."""
     return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
 
 
-def from_dict(values: dict[str, Any]) -> RunConfig:
+def from_dict(values: dict[str, Any], schema: type[Schema]) -> Schema:
     """The config of a resolved dictionary, with every check of the command line.
 
     Raises:
         ConfigError: as for `parse_run`.
     """
     parser = _parser()
-    parser.add_class_arguments(RunConfig, as_group=False)
+    parser.add_class_arguments(schema, as_group=False)
     try:
-        return _run_config(parser, parser.parse_object(values))
+        return _run_config(schema, parser, parser.parse_object(values))
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(_explain(str(error))) from error
+        raise ConfigError(_explain(str(error), schema)) from error
 
 
 def _parser(prog: str | None = None, description: str | None = None) -> ArgumentParser:
@@ -164,12 +182,12 @@ def _parser(prog: str | None = None, description: str | None = None) -> Argument
     return ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False, allow_abbrev=False)
 
 
-def _run_config(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
+def _run_config(schema: type[Schema], parser: ArgumentParser, namespace: Namespace) -> Schema:
     init = parser.instantiate(namespace)
-    return RunConfig(**{item.name: getattr(init, item.name) for item in fields(RunConfig)})
+    return schema(**{item.name: getattr(init, item.name) for item in fields(schema)})
 
 
-def _explain(message: str, clusters: bool = False) -> str:
+def _explain(message: str, schema: type, clusters: bool = False) -> str:
     """One paragraph out of jsonargparse's message; for an unknown key, with the nearest known ones."""
     message = " ".join(message.split())
     if file := re.search(r"Parser key \"cluster\": (?:Importing|Unable to load config) '(.+?)'", message):
@@ -180,7 +198,7 @@ def _explain(message: str, clusters: bool = False) -> str:
     key = f"{in_group[1]}.{in_group[2]}" if in_group else (alone[1] or alone[2]) if alone else None
     if key is None:
         return f"{message}. See --help for every key and its type."
-    of_run, of_cluster = known_keys(), known_keys(ClusterConfig, "cluster.") if clusters else []
+    of_run, of_cluster = known_keys(schema), known_keys(ClusterConfig, "cluster.") if clusters else []
     if f"cluster.{key}" in of_cluster:
         return f"Config key '{key}' is one of a cluster; give its file as --cluster FILE, or the key as --cluster.{key}."
     if key.removeprefix("cluster.") in of_run and key not in of_run:

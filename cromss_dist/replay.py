@@ -15,23 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from cromss_dist.config import BatchPlan, RunConfig
-from cromss_dist.data.loading.augment import train_example
-from cromss_dist.data.loading.run_data import RunData
+from cromss_dist.config import BatchPlan
+from cromss_dist.config.transfer import TransferConfig
+from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.errors import CheckpointError, ConfigError
-from cromss_dist.losses import CromssLoss
 from cromss_dist.models.recompute import recompute_activations
-from cromss_dist.models.two_branch import TwoBranchUNet
-from cromss_dist.parse import parse_run
+from cromss_dist.parse import parse_run, parse_run_of
+from cromss_dist.pretrain.task import Pretraining
 from cromss_dist.schema import IGNORE, Batch, Example
 from cromss_dist.train.safety.bundle import CONFIG_FILE, Bundle, Samples, read_bundle
+from cromss_dist.train.step.accumulation import join_examples
 from cromss_dist.train.step.engine import autocast, resolve_precision
-from cromss_dist.world import choose_device, device_name
+from cromss_dist.train.task import Task, TaskLoss
+from cromss_dist.transfer.task import Transfer
+from cromss_dist.world import World, choose_device, device_name
 
+PROG = "cromss replay"
 _MAX_ROWS = 8  # samples and tensors that are printed
 _SAME = 0.01  # relative: losses of a step on another machine
 _ALIKE = 0.5  # the same after one more step
@@ -118,15 +122,14 @@ def replay(folder: Path, overrides: Sequence[str] = ()) -> tuple[Bundle, Replaye
     bundle, weights = read_bundle(folder)
     if wrong := [flag for argument in overrides if (flag := argument.partition("=")[0]) in _NOT_ITS_OWN]:
         raise ConfigError(
-            f"cromss replay does not take {wrong[0]}: it computes one step and leaves the run alone. Give it dotted config "
+            f"{PROG} does not take {wrong[0]}: it computes one step and leaves the run alone. Give it dotted config "
             "keys alone, such as --engine.device cpu."
         )
-    # One process reads few batches: workers would take longer to start.
-    arguments = ["--config", str(folder / CONFIG_FILE), "--data.reading.workers", "0", *overrides]
-    config = parse_run(arguments, prog="cromss replay").config.with_absolute_paths()
+    task = _task_of(folder, overrides, bundle.plan.world_size)
+    config = task.config
     device = choose_device(config.engine.device)
     precision = resolve_precision(config.engine, device)
-    model = TwoBranchUNet(config.model, len(config.data.s1_bands), len(config.data.s2_bands))
+    model = task.build_model()
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -134,22 +137,33 @@ def replay(folder: Path, overrides: Sequence[str] = ()) -> tuple[Bundle, Replaye
     if config.engine.activation_checkpointing is True:
         recompute_activations(model)
     model.to(device).train()
-    batches = _read_samples(config, bundle)
-    examples = [train_example(batch, config.data, config.loss.prior, config.seed, device) for batch in batches]
+    batches = _read_samples(task, bundle)
+    examples = [task.example(batch, device) for batch in batches]
+    loss_of = task.loss(World(0, 1, device))
     with _watched(model) as outputs:
-        loss, parts, logits = _loss_and_gradient(autocast(precision, device)(model), examples, config, bundle)
+        loss, parts, logits = _loss_and_gradient(autocast(precision, device)(model), examples, task, loss_of, bundle)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return bundle, Replayed(
         device=device_name(device),
         precision=precision,
         loss=loss,
         parts=parts,
-        samples=list(_sample_figures(batches, examples, logits, CromssLoss(config.loss), bundle.plan)),
+        samples=list(_sample_figures(batches, examples, logits, loss_of, bundle.plan)),
         grad_norms=_norms(gradients),
         weights_not_finite=[name for name, value in weights.items() if not _is_finite(value)],
         outputs_not_finite=outputs,
         gradients_not_finite=[name for name, gradient in reversed(gradients.items()) if not _is_finite(gradient)],
     )
+
+
+def _task_of(folder: Path, overrides: Sequence[str], world_size: int) -> Task:
+    """What was trained, by the config in a bundle."""
+    # One process reads few batches: workers would take longer to start.
+    arguments = ["--config", str(folder / CONFIG_FILE), "--data.reading.workers", "0", *overrides]
+    if "encoder" in yaml.safe_load((folder / CONFIG_FILE).read_text()):
+        transfer = parse_run_of(TransferConfig, arguments, PROG).config.with_absolute_paths()
+        return Transfer.of(transfer, world_size, trains_here=False)
+    return Pretraining.of(parse_run(arguments, PROG).config.with_absolute_paths(), world_size, trains_here=False)
 
 
 def report(folder: Path, bundle: Bundle, found: Replayed, console: Console) -> None:
@@ -182,28 +196,27 @@ def report(folder: Path, bundle: Bundle, found: Replayed, console: Console) -> N
     console.print(found.verdict(bundle), highlight=False, markup=False, soft_wrap=True)
 
 
-def _read_samples(config: RunConfig, bundle: Bundle) -> list[Batch]:
+def _read_samples(task: Task, bundle: Bundle) -> list[Batch]:
     """The micro batches of all ranks, rank by rank; of the samples that the bundle names and no others."""
-    data = RunData.open(config.data, config.seed)
-    digests = tuple(source.dataset.digest for source in data.train)
+    digests = tuple(task.datasets.values())
     if digests != bundle.datasets:
         raise ConfigError(
-            f"data.shards={config.data.shards!r} is not what the step read: digests {_short(digests)}, recorded "
+            f"{', '.join(task.datasets)} is not what the step read: digests {_short(digests)}, recorded "
             f"{_short(bundle.datasets)}. Give the datasets of the run: --data.shards FOLDER."
         )
-    if Samples.of(data, bundle.plan, bundle.samples_seen) != bundle.samples:
+    if Samples.of(task.train_plan, bundle.plan, bundle.samples_seen) != bundle.samples:
         raise ConfigError(
             f"Behind {bundle.samples_seen} samples, this config reads other samples than the step did; leave seed, data.window, "
             "data.tail, data.filter and data.val_fraction as recorded."
         )
     num_micro_batches = bundle.plan.accumulation_steps * bundle.plan.world_size
     plan = replace(bundle.plan, accumulation_steps=num_micro_batches, world_size=1)
-    with data.train_loader(plan, samples=bundle.samples_seen) as loader:
+    with TrainLoader.of(task.train_plan(plan).starting_at(bundle.samples_seen), task.reading) as loader:
         return [next(loader) for _ in range(num_micro_batches)]
 
 
 def _loss_and_gradient(
-    model: Callable[..., tuple[Tensor, Tensor]], examples: Sequence[Example], config: RunConfig, bundle: Bundle
+    model: Callable[..., tuple[Tensor, ...]], examples: Sequence[Example], task: Task, loss: TaskLoss, bundle: Bundle
 ) -> tuple[float, dict[str, float], list[tuple[Tensor, ...]]]:
     """Loss, its parts and the logits of each micro batch; adds the gradient to the parameters'.
 
@@ -213,12 +226,12 @@ def _loss_and_gradient(
     plan = bundle.plan
     alone = [[k] for k in range(len(examples))]
     micro_steps = [list(range(first, len(examples), plan.accumulation_steps)) for first in range(plan.accumulation_steps)]
-    normalised = micro_steps if config.engine.batch_norm == "global" else alone
-    seen = {"global": [list(range(len(examples)))], "micro": micro_steps, "local": alone}[config.loss.scope]
+    normalised = micro_steps if task.config.engine.batch_norm == "global" else alone
+    seen = {"global": [list(range(len(examples)))], "micro": micro_steps, "local": alone}[loss.scope]
     sizes = [len(example.label) for example in examples]
 
     def forward(group: list[int]) -> list[tuple[Tensor, ...]]:
-        branches = model(torch.cat([examples[k].s1 for k in group]), torch.cat([examples[k].s2 for k in group]))
+        branches = model(*(torch.cat([examples[k].images[m] for k in group]) for m in examples[0].images))
         return list(zip(*(torch.split(branch, [sizes[k] for k in group]) for branch in branches), strict=True))
 
     logits: dict[int, tuple[Tensor, ...]] = {}
@@ -226,22 +239,20 @@ def _loss_and_gradient(
         for group in normalised:
             logits |= zip(group, forward(group), strict=True)
     slopes: dict[int, tuple[Tensor, ...]] = {}
-    loss, total, parts = CromssLoss(config.loss), 0.0, defaultdict[str, float](float)
+    total, parts = 0.0, defaultdict[str, float](float)
     for group in seen:
-        pair = [torch.cat([logits[k][branch] for k in group]).float().requires_grad_() for branch in range(2)]
-        priors = [prior for k in group if (prior := examples[k].prior) is not None]
-        label, weights = torch.cat([examples[k].label for k in group]), torch.cat([examples[k].weights for k in group])
-        out = loss(pair[0], pair[1], label, torch.cat(priors) if priors else None, bundle.progress_epochs, weights)
+        joined = [torch.cat(branch).float().requires_grad_() for branch in zip(*(logits[k] for k in group), strict=True)]
+        out = loss(joined, join_examples([examples[k] for k in group]), bundle.progress_epochs)
         total += float(out.total.detach()) / len(seen)
         for name, part in out.parts.items():
             parts[name] += float(part) / len(seen)
-        halves = [torch.split(slope, [sizes[k] for k in group]) for slope in torch.autograd.grad(out.total / len(seen), pair)]
+        halves = [torch.split(slope, [sizes[k] for k in group]) for slope in torch.autograd.grad(out.total / len(seen), joined)]
         slopes |= zip(group, zip(*halves, strict=True), strict=True)
     for group in normalised:
         pairings = [
             (x.float() * slope).sum()
-            for k, pair in zip(group, forward(group), strict=True)
-            for x, slope in zip(pair, slopes[k], strict=True)
+            for k, branches in zip(group, forward(group), strict=True)
+            for x, slope in zip(branches, slopes[k], strict=True)
         ]
         torch.autograd.backward(pairings)
     return total, dict(parts), [logits[k] for k in range(len(examples))]
@@ -268,19 +279,20 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _sample_figures(
-    batches: Sequence[Batch], examples: Sequence[Example], logits: Sequence[tuple[Tensor, ...]], loss: CromssLoss, plan: BatchPlan
+    batches: Sequence[Batch], examples: Sequence[Example], logits: Sequence[tuple[Tensor, ...]], loss: TaskLoss, plan: BatchPlan
 ) -> Iterator[SampleFigures]:
-    for number, (batch, example, pair) in enumerate(zip(batches, examples, logits, strict=True)):
-        inputs = [values for values in (example.s1, example.s2, example.prior) if values is not None]
+    for number, (batch, example, branches) in enumerate(zip(batches, examples, logits, strict=True)):
+        inputs = [values for values in (*example.images.values(), example.prior) if values is not None]
         for i, key in enumerate(batch.keys):
             one = slice(i, i + 1)
-            sums = loss.validation_sums(pair[0][one], pair[1][one], example.label[one], example.weights[one])
+            alone = Example({}, example.label[one], None, None, example.weights[one])
+            sums = loss.validation_sums([branch[one] for branch in branches], alone)
             yield SampleFigures(
                 key=key,
                 season=int(batch.seasons[i]),
                 rank=number // plan.accumulation_steps,
                 inputs_finite=all(_is_finite(values[i]) for values in inputs),
-                logits_finite=all(_is_finite(values[i]) for values in pair),
+                logits_finite=all(_is_finite(branch[i]) for branch in branches),
                 loss=float(loss.validation_loss(sums)["total"]),
                 labelled=float((example.label[i] != IGNORE).double().mean()),
             )

@@ -186,7 +186,7 @@ class Batch:
     epochs: Tensor  # int64 (B,): the epoch each sample belongs to; keys the random draws
     seasons: Tensor  # int64 (B,): the drawn season, 0 to S - 1
     weights: Tensor  # float32 (B,): 1, or 0 for a sample that only fills the batch (evaluation)
-    specs: tuple[ArraySpec, ...]  # the image arrays of the dataset
+    specs: tuple[ArraySpec, ...]  # the image arrays that were read
     images: dict[str, Tensor]  # array name -> uint8 (B, band, H / scale, W / scale)
     labels: Tensor  # uint8 (B, S, H, W): noisy labels, 255 = ignore
     reference: Tensor | None  # uint8 (B, H, W): reference label of the drawn season, 255 = ignore
@@ -209,8 +209,7 @@ class Batch:
 class Example:
     """What the model and the loss see: on the training device, cropped and augmented. h x w px."""
 
-    s1: Tensor  # float32 (B, bands of S1, h, w) in [0, 1]
-    s2: Tensor  # float32 (B, bands of S2, h, w) in [0, 1]
+    images: dict[Modality, Tensor]  # of the modalities asked for, S1 first: float32 (B, bands, h, w) in [0, 1]
     label: Tensor  # int64 (B, h, w): noisy label of the drawn season, 255 = ignore
     prior: Tensor | None  # float32 (B, C, h, w): spatial-temporal class distribution, sums to 1 over C
     reference: Tensor | None  # int64 (B, h, w)

@@ -14,9 +14,9 @@ from pathlib import Path
 from cromss_dist.cluster import ClusterConfig
 from cromss_dist.config import RunConfig
 from cromss_dist.errors import CromssError, HangError, PreemptedError, TrainingError
-from cromss_dist.pretrain import CHECKPOINTS
 from cromss_dist.tracking.run.spool import tell
 from cromss_dist.train.checkpoint.shelf import Shelf
+from cromss_dist.train.run.conduct import CHECKPOINTS
 from cromss_dist.train.run.folder import RunSummary, read_summary
 from cromss_dist.train.safety.failure import forget_errors, read_error, set_aside_errors
 from cromss_dist.train.safety.fence import new_ticket

@@ -17,13 +17,14 @@ from pathlib import Path
 from rich.console import Console
 
 from cromss_dist.cluster import CLUSTER_FILE
+from cromss_dist.config import RunConfig
 from cromss_dist.data.staging import write_atomically
 from cromss_dist.errors import ConfigError, CromssError, main_guard
 from cromss_dist.parse import CONFIG_FILE, ParsedRun, parse_run, to_yaml, write_yaml
-from cromss_dist.pretrain import report
+from cromss_dist.pretrain.task import Pretraining
 from cromss_dist.tracking.run.dead import end_from_outside
 from cromss_dist.tracking.run.shipper import Shipper
-from cromss_dist.train.preflight import Preflight
+from cromss_dist.train.run.conduct import report
 from cromss_dist.train.run.folder import RunSummary, working_in
 from cromss_dist.train.run.record import PARTING_S, end_of
 from cromss_dist.train.run.watch import watching
@@ -58,7 +59,7 @@ class Job:
     allow_insecure: bool
 
     @classmethod
-    def of(cls, run: ParsedRun, command: str) -> "Job":
+    def of(cls, run: ParsedRun[RunConfig], command: str) -> "Job":
         """The job of a command line. A new run's folder has its name already, so that whoever sends the job can tell it."""
         token = secrets.token_hex(3)
         new = f"{run.config.name}-{datetime.now():%Y%m%d-%H%M%S}-{token}"
@@ -74,7 +75,7 @@ class Job:
             allow_insecure=run.allow_insecure,
         )
 
-    def files(self, run: ParsedRun) -> dict[str, bytes]:
+    def files(self, run: ParsedRun[RunConfig]) -> dict[str, bytes]:
         """Name and content of the files that the job reads."""
         files = {
             JOB_FILE: json.dumps(asdict(self), indent=2),
@@ -88,7 +89,7 @@ class Job:
         """The job whose files are in a folder."""
         return cls(**json.loads((folder / JOB_FILE).read_text()))
 
-    def prepare(self, folder: Path) -> ParsedRun:
+    def prepare(self, folder: Path) -> ParsedRun[RunConfig]:
         """Looks at what the run needs, makes its folder unless the job or the run goes on, and says what runs.
 
         Args:
@@ -118,17 +119,17 @@ class Job:
         return run
 
 
-def check(run: ParsedRun) -> Preflight:
+def check(run: ParsedRun[RunConfig]) -> Pretraining:
     """What is known about a run of the largest crew that it may have, on a machine that sees its data.
 
     Raises:
-        CromssError: see `Preflight.of` and `demand_of`.
+        CromssError: see `Pretraining.of` and `demand_of`.
     """
     world = demand_of(run.config, run.cluster).worlds[0]
-    return Preflight.of(run.config, world, trains_here=run.cluster.kind == "here")
+    return Pretraining.of(run.config, world, trains_here=run.cluster.kind == "here")
 
 
-def train(run: ParsedRun, run_dir: Path, console: Console, command: str, address: str | None = None) -> RunSummary:
+def train(run: ParsedRun[RunConfig], run_dir: Path, console: Console, command: str, address: str | None = None) -> RunSummary:
     """Drives a run to its end in its folder, and shows its progress.
 
     Args:
@@ -151,7 +152,7 @@ def train(run: ParsedRun, run_dir: Path, console: Console, command: str, address
         return drive(run.config, run_dir, run.cluster, address, profile=run.profile, allow_insecure=run.allow_insecure, code=code)
 
 
-def record(run: ParsedRun, run_dir: Path) -> Path:
+def record(run: ParsedRun[RunConfig], run_dir: Path) -> Path:
     """Leaves cluster and code in a run's folder; returns the folder of the code, for PYTHONPATH."""
     write_atomically(run_dir / CLUSTER_FILE, to_yaml(run.cluster).encode())
     return Snapshot.take().write(run_dir)

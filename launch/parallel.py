@@ -3,8 +3,9 @@
 Layer 5. Ray's processes unpickle references to this module, so it imports nothing heavy.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Generator, Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cromss_dist.errors import WorkerError
 from launch.session import cluster
@@ -35,31 +36,53 @@ def ray_runner(workers: int, address: str | None = None) -> "Runner":
 
     def run(function: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job]) -> Generator[Result, None, None]:
         with cluster(workers, address) as logs:
-            import ray
-
-            task: Any = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_attempt)
-            stored = ray.put(shared)
-            waiting = list(reversed(jobs))
-            running: dict[Any, Job] = {}
-            while waiting or running:
-                while waiting and len(running) < JOBS_PER_WORKER * workers:
-                    job = waiting.pop()
-                    running[task.remote(function, stored, job)] = job
-                (done,), _ = ray.wait(list(running), num_returns=1)
-                job = running.pop(done)
-                try:
-                    result, error = ray.get(done)
-                except ray.exceptions.RayError as died:
+            for job, result, error in outcomes(function, shared, jobs, JOBS_PER_WORKER * workers):
+                if isinstance(error, DiedError):
                     raise WorkerError(
-                        f"The process that worked on part {job} died {MAX_RETRIES + 1} times: "
-                        f"{str(died).strip().splitlines()[0]} Often memory ran out: take fewer workers or smaller shards. Ray's "
-                        f"logs are in {logs}."
-                    ) from died
+                        f"The process that worked on part {job} {error} Often memory ran out: take fewer workers or smaller "
+                        f"shards. Ray's logs are in {logs}."
+                    ) from error
                 if error is not None:
                     raise error
-                yield result
+                yield cast(Result, result)
 
     return run
+
+
+class DiedError(Exception):
+    """The process of a job died again and again; the message goes on after 'The process'."""
+
+
+def outcomes(
+    function: Callable[[Shared, Job], Result], shared: Shared, jobs: Iterable[Job], at_once: int, **options: Any
+) -> Generator[tuple[Job, Result | None, Exception | None], None, None]:
+    """Runs jobs on the Ray that this process is connected to, and gives each as it ends: the job, its result or its error.
+
+    Args:
+        function: Of what is shared and a job; importable.
+        shared: Travels once.
+        jobs: In the order in which they are begun; the next one is asked for when there is room for it.
+        at_once: Jobs that are given to Ray; those for which there is no room wait there.
+        options: Of Ray's tasks, such as `num_gpus`.
+    """
+    import ray
+
+    task: Any = ray.remote(**{"num_cpus": 1, "max_retries": MAX_RETRIES} | options)(_attempt)
+    stored = ray.put(shared)
+    waiting = iter(jobs)
+    running: dict[Any, Job] = {}
+    while True:
+        for job in islice(waiting, at_once - len(running)):
+            running[task.remote(function, stored, job)] = job
+        if not running:
+            return
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        job = running.pop(done)
+        try:
+            result, error = ray.get(done)
+        except ray.exceptions.RayError as died:
+            result, error = None, DiedError(f"died {MAX_RETRIES + 1} times: {str(died).strip().splitlines()[0]}")
+        yield job, result, error
 
 
 def _attempt(function: Callable[[Shared, Job], Result], shared: Shared, job: Job) -> tuple[Result | None, Exception | None]:

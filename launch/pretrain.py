@@ -14,10 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cromss_dist.config import plan_batches
+from cromss_dist.config import RunConfig, plan_batches
 from cromss_dist.errors import ConfigError, CromssError, main_guard
 from cromss_dist.parse import ParsedRun, parse_run, to_yaml
-from cromss_dist.pretrain import report, run_in_process
+from cromss_dist.pretrain.run import run_in_process
+from cromss_dist.train.run.conduct import report
 from cromss_dist.train.run.folder import new_run_dir, read_summary, working_in
 from launch import submit
 from launch.elastic import demand_of
@@ -44,7 +45,7 @@ def main() -> int:
     run = replace(run, config=run.config.with_absolute_paths())
     console = Console()
     check_flags(run)
-    start: Callable[[ParsedRun, Console], int]
+    start: Callable[[ParsedRun[RunConfig], Console], int]
     match run.cluster.kind:
         case "slurm":
             start = start_on_slurm
@@ -57,7 +58,7 @@ def main() -> int:
     return start(run, console)
 
 
-def check_flags(run: ParsedRun) -> None:
+def check_flags(run: ParsedRun[RunConfig]) -> None:
     """Raises ConfigError where the command line asks for what its kind of cluster does not have."""
     sent = run.cluster.elsewhere or run.cluster.kind == "slurm"
     if run.detach and not sent:
@@ -69,7 +70,7 @@ def check_flags(run: ParsedRun) -> None:
         )
 
 
-def start_here(run: ParsedRun, console: Console) -> int:
+def start_here(run: ParsedRun[RunConfig], console: Console) -> int:
     """Drives the run from this process, on this machine or on the Ray cluster that it is a part of."""
     address = run.cluster.ray.address if run.cluster.kind == "ray" else None
     if run.dry_run:
@@ -87,7 +88,7 @@ def start_here(run: ParsedRun, console: Console) -> int:
     return 0
 
 
-def start_on_ray(run: ParsedRun, console: Console) -> int:
+def start_on_ray(run: ParsedRun[RunConfig], console: Console) -> int:
     """Sends the run to the dashboard of a Ray cluster."""
     preflight = describe(run)
     job = Job.of(run, command(run))
@@ -105,7 +106,7 @@ def start_on_ray(run: ParsedRun, console: Console) -> int:
     return 0
 
 
-def start_on_kubernetes(run: ParsedRun, console: Console) -> int:
+def start_on_kubernetes(run: ParsedRun[RunConfig], console: Console) -> int:
     """Gives the run's objects to Kubernetes, or prints them."""
     preflight = describe(run)
     job = Job.of(run, command(run))
@@ -128,7 +129,7 @@ def start_on_kubernetes(run: ParsedRun, console: Console) -> int:
     return 0
 
 
-def start_on_slurm(run: ParsedRun, console: Console) -> int:
+def start_on_slurm(run: ParsedRun[RunConfig], console: Console) -> int:
     """Makes the run's folder with all that the job needs, and queues the job."""
     preflight = describe(run)
     if run.dry_run:
@@ -156,7 +157,7 @@ def start_on_slurm(run: ParsedRun, console: Console) -> int:
     return 0
 
 
-def describe(run: ParsedRun) -> str:
+def describe(run: ParsedRun[RunConfig]) -> str:
     """What is known about a run before it starts; without its data, where only the cluster sees that.
 
     Raises:
@@ -175,7 +176,7 @@ def describe(run: ParsedRun) -> str:
     return check(run).describe()
 
 
-def command(run: ParsedRun) -> str:
+def command(run: ParsedRun[RunConfig]) -> str:
     """What `--resume RUN_DIR` is to be added to: a machine that does not see the folder needs all that was typed."""
     if not run.cluster.elsewhere:
         return shlex.join([sys.orig_argv[0], sys.argv[0]])

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from cromss_dist.cluster import has_private_token, token_path
+from cromss_dist.config import RunConfig
 from cromss_dist.errors import ClusterError, PreemptedError
 from cromss_dist.parse import ParsedRun
 from launch.job import Job
@@ -27,7 +28,7 @@ OUT_OF_REACH_S = 300.0  # of the dashboard, after which a job is not followed an
 _RETRY_S = 2.0
 
 
-def submit(run: ParsedRun, job: Job) -> Any:
+def submit(run: ParsedRun[RunConfig], job: Job) -> Any:
     """Sends code, config and what the job is told; the cluster starts it.
 
     Returns:
@@ -126,7 +127,7 @@ async def _print_logs(client: Any, name: str) -> str:
         await asyncio.sleep(_RETRY_S)
 
 
-def describe(run: ParsedRun, job: Job) -> str:
+def describe(run: ParsedRun[RunConfig], job: Job) -> str:
     """What `--dry-run` prints: the job as it would be sent."""
     code = Snapshot.take()
     files = job.files(run)
@@ -141,7 +142,7 @@ def describe(run: ParsedRun, job: Job) -> str:
     )
 
 
-def tell_commands(run: ParsedRun, job: Job, console: Console) -> None:
+def tell_commands(run: ParsedRun[RunConfig], job: Job, console: Console) -> None:
     """Prints how to follow, stop and go on with the job."""
     place = f"--address {shlex.quote(run.cluster.ray.address)}"
     lines = {

@@ -15,16 +15,17 @@ def work(arguments: dict[str, Any]) -> None:
     Args:
         arguments: `config`, the resolved config as a dictionary, `run_dir`, `profile`, and the `ticket` of this start.
     """
+    from cromss_dist.config import RunConfig
     from cromss_dist.errors import CromssError, StorageError
     from cromss_dist.parse import from_dict
-    from cromss_dist.pretrain import pretrain
+    from cromss_dist.pretrain.run import pretrain
     from cromss_dist.train.safety.failure import write_error
     from cromss_dist.train.safety.fence import admitted
 
     run_dir = Path(arguments["run_dir"])
     with admitted(run_dir, arguments["ticket"]):
         try:
-            pretrain(from_dict(arguments["config"]), run_dir, arguments["profile"])
+            pretrain(from_dict(arguments["config"], RunConfig), run_dir, arguments["profile"])
         except (CromssError, OSError) as error:
             told = StorageError.of(error) if isinstance(error, OSError) else error
             write_error(run_dir, os.environ["RANK"], told)

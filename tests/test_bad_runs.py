@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import cromss_dist.train.loop
+import cromss_dist.pretrain.task
 from cromss_dist.config import FaultConfig, LossConfig, RunConfig
 from cromss_dist.data.loading.augment import train_example
 from cromss_dist.errors import DivergenceError
@@ -38,10 +38,10 @@ def run_with_bad_pixels(world: World, run_dir: Path, config: dict[str, Any], fir
         num_prepared += 1
         example = train_example(*arguments)
         if world.rank == 1 and first <= (num_prepared + 1) // 2 <= last:  # two micro batches a step
-            example.s2[0, 3, 5, 5] = float("nan")
+            example.images["s2"][0, 3, 5, 5] = float("nan")
         return example
 
-    vars(cromss_dist.train.loop)["train_example"] = spoil
+    vars(cromss_dist.pretrain.task)["train_example"] = spoil
     traced_run(world, run_dir, config)
 
 

@@ -1,15 +1,18 @@
 """Config: defaults, YAML, overrides, and the errors that name the mend."""
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cromss_dist.config import DataConfig, EngineConfig, RunConfig, plan_batches
+from cromss_dist.config import DataConfig, EngineConfig, RunConfig, TrainConfig, plan_batches
+from cromss_dist.config.transfer import TransferConfig
 from cromss_dist.errors import BatchError, ConfigError, CromssError
-from cromss_dist.parse import from_dict, known_keys, parse_run, write_yaml
+from cromss_dist.parse import from_dict, known_keys, parse_run, parse_run_of, write_yaml
+from cromss_dist.pretrain.task import Pretraining
 from cromss_dist.schema import S2_9
-from cromss_dist.train.preflight import Preflight
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
@@ -40,7 +43,7 @@ def test_a_written_config_reads_back_equal(tmp_path: Path) -> None:
     config = parse_run(["--data.s2_bands", str(list(S2_9)), "--engine.micro_batch", "4", "--train.lr", "0.001"]).config
     write_yaml(config, tmp_path / "config.yaml")
     assert parse_run([f"--config={tmp_path}/config.yaml"]).config == config
-    assert from_dict(config.to_dict()) == config
+    assert from_dict(config.to_dict(), RunConfig) == config
 
 
 def test_the_digest_follows_the_order_of_a_mixture_which_numbers_its_samples() -> None:
@@ -82,6 +85,8 @@ def test_the_digest_follows_every_value() -> None:
         (["--model.decoder_channels", "[32,16]"], r"give 5 numbers"),
         (["--loss.prior_weight", "0.99"], r"add up to at most 1"),
         (["--launch.ray", "false", "--launch.workers", "2"], r"launch.ray=false runs one worker"),
+        (["--train.decay_epochs", "40"], r"train.decay_epochs=40.0 is not allowed; it is of train.schedule=cosine"),
+        (["--train.schedule=cosine", "--train.warmup_epochs=5", "--train.decay_epochs=5"], r"more than train.warmup_epochs"),
         (["--name", "../x"], r"name='../x' is not allowed"),
         (["--config", "nowhere.yaml"], r"does not exist"),
     ],
@@ -126,8 +131,30 @@ def test_a_login_in_the_tracking_uri_is_refused_and_not_repeated(uri: str) -> No
     assert parse_run(["--tracking.uri", "http://host:5000"]).config.tracking.uri == "http://host:5000"
 
 
+def test_keys_that_came_later_leave_the_digest_of_configs_that_do_not_use_them() -> None:
+    content = RunConfig().to_dict()
+    content["data"]["shards"] = [["shards", 1.0]]
+    del content["train"]["decay_epochs"], content["loss"]["consistency_reliability"]
+    assert RunConfig().digest == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    cosine = replace(RunConfig(), train=TrainConfig(schedule="cosine"))
+    assert replace(cosine, train=replace(cosine.train, decay_epochs=40.0)).digest != cosine.digest
+
+
+def test_each_kind_of_run_has_its_own_keys(tmp_path: Path) -> None:
+    config = parse_run_of(TransferConfig, ["--encoder.s2", "a", "--decoder", "fpn"]).config
+    assert from_dict(config.to_dict(), TransferConfig) == config
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse_run_of(TransferConfig, ["--resume", str(tmp_path)]).config == config
+    assert "decoder" in known_keys(TransferConfig)
+    assert "decoder" not in known_keys(RunConfig)
+    with pytest.raises(ConfigError, match=r"Unknown config key 'model.encoder'; did you mean encoder"):
+        parse_run_of(TransferConfig, ["--encoder.s2", "a", "--model.encoder", "resnet18"])
+    with pytest.raises(ConfigError, match=r"Unknown config key 'data.train'"):
+        parse_run(["--resume", str(tmp_path)])
+
+
 def test_every_key_is_known() -> None:
-    assert {"seed", "data.crop_px", "loss.ramp_epochs", "engine.zero_stage", "launch.workers"} <= set(known_keys())
+    assert {"seed", "data.crop_px", "loss.ramp_epochs", "engine.zero_stage", "launch.workers"} <= set(known_keys(RunConfig))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +194,7 @@ def test_a_batch_that_does_not_divide_names_one_that_does(engine: EngineConfig, 
 def test_every_shipped_config_dry_runs(path: Path, synthetic_shards: Path) -> None:
     crop = ["--data.crop_px", "64"]  # the test's patches are small
     config = parse_run([f"--config={path}", "--data.shards", str(synthetic_shards), *crop]).config
-    text = Preflight.of(config, world_size=2).describe()
+    text = Pretraining.of(config, world_size=2).describe()
     assert f"batch               {config.engine.global_batch} = micro batch {config.engine.global_batch // 2}" in text
     assert "steps per epoch" in text
     assert "encoder S2" in text
@@ -175,7 +202,7 @@ def test_every_shipped_config_dry_runs(path: Path, synthetic_shards: Path) -> No
 
 def test_the_dry_run_states_the_parameters_of_resnet50(synthetic_shards: Path) -> None:
     config = parse_run(["--data.shards", str(synthetic_shards), "--data.crop_px", "64"]).config
-    counts = Preflight.of(config, world_size=1).parameter_counts()
+    counts = Pretraining.of(config, world_size=1).parameter_counts()
     # torchvision's ResNet-50 has 23,508,032 parameters without its classifier; the first convolution has 64 x 49 a band.
     assert counts.encoder_s1 == 23_508_032 - 64 * 49
     assert counts.encoder_s2 == 23_508_032 + 10 * 64 * 49

@@ -22,11 +22,13 @@ LAYERS = {
     "cromss_dist.tracking": 2,
     "cromss_dist.train": 3,
     "cromss_dist.pretrain": 4,
-    "cromss_dist.export": 4,
     "cromss_dist.replay": 4,
     "cromss_dist.plan": 4,
     "cromss_dist.doctor": 4,
     "cromss_dist.encoders": 4,
+    "cromss_dist.noise": 4,
+    "cromss_dist.transfer": 4,
+    "cromss_dist.report": 4,
     "cromss_dist.commands": 4,
     "cromss_dist.cli": 4,
     "launch": 5,
@@ -47,6 +49,7 @@ HOMES = {
     "terratorch": ("cromss_dist/encoders/bridges/terratorch.py",),
     "onnx": (),  # torch writes it; tests check it
     "onnxruntime": ("cromss_dist/encoders/bridges/onnx.py",),
+    "sklearn": ("cromss_dist/transfer/probe.py",),
     "rasterio": ("cromss_dist/data/",),
     "tifffile": (),  # tests write odd files with it
     "imagecodecs": ("cromss_dist/data/archives/geotiff.py", "cromss_dist/data/store/cube/reader.py"),
@@ -58,6 +61,7 @@ HOMES = {
     "huggingface_hub": ("cromss_dist/data/hub.py",),
     "pystac": (),  # tests read our STAC items with it; we write JSON
     "fsspec": ("cromss_dist/data/store/remote/remote.py",),
+    "jinja2": ("cromss_dist/report/page.py",),
     "aiohttp": ("cromss_dist/data/store/remote/remote.py", "launch/submit.py"),
 }
 FOR_TOOLS = ("launch.parallel", "launch.session", "tools.progress")

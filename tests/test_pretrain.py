@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,14 +13,15 @@ from rich.console import Console
 from cromss_dist.config import DataConfig, ReadingConfig, RunConfig, TrackingConfig
 from cromss_dist.errors import ConfigError, PackageError, RegistryError
 from cromss_dist.parse import parse_run
-from cromss_dist.pretrain import record_config, report
+from cromss_dist.pretrain.task import Pretraining
 from cromss_dist.schema import S2_9
 from cromss_dist.tracking.revision import git_revision
 from cromss_dist.tracking.run.shipper import deliver
 from cromss_dist.tracking.store import connect
-from cromss_dist.train.preflight import Preflight
+from cromss_dist.train.run.conduct import record_task, report
 from cromss_dist.train.run.folder import RunSummary, new_run_dir
 from cromss_dist.train.run.record import Record
+from cromss_dist.train.task import Task
 
 
 def test_runs_of_one_second_get_their_own_folders_with_the_resolved_config(tmp_path: Path) -> None:
@@ -49,7 +52,7 @@ def test_relative_paths_become_absolute_for_workers(monkeypatch: pytest.MonkeyPa
 
 def test_every_world_and_run_of_a_seed_has_the_same_split(synthetic_shards: Path) -> None:
     arguments = ["--data.shards", str(synthetic_shards), "--data.crop_px", "64", "--data.val_fraction", "0.25"]
-    first, again = (Preflight.of(parse_run(arguments).config, world_size=world).data for world in (1, 2))
+    first, again = (Pretraining.of(parse_run(arguments).config, world_size=world).data for world in (1, 2))
     assert np.array_equal(first.validation.ids, again.validation.ids)
     assert (first.num_train, len(first.validation.ids)) == (9, 3)
 
@@ -58,24 +61,24 @@ def test_tails_make_epochs_of_whole_batches(synthetic_shards: Path) -> None:
     arguments = ["--data.shards", str(synthetic_shards), "--data.crop_px", "64", "--engine.global_batch", "4"]
     lengths = {}
     for tail in ("carry", "drop", "pad"):
-        lengths[tail] = Preflight.of(parse_run([*arguments, "--data.tail", tail]).config, world_size=2).timeline.steps_per_epoch
+        lengths[tail] = Pretraining.of(parse_run([*arguments, "--data.tail", tail]).config, world_size=2).timeline.steps_per_epoch
     assert lengths == {"carry": 11 / 4, "drop": 2, "pad": 3}
 
 
 def test_the_crop_must_fit_the_patches(synthetic_shards: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.crop_px=256 is larger than the 96 px patches"):
-        Preflight.of(parse_run(["--data.shards", str(synthetic_shards)]).config, world_size=1)
+        Pretraining.of(parse_run(["--data.shards", str(synthetic_shards)]).config, world_size=1)
 
 
 def test_band_subsets_set_the_width_of_the_encoders(synthetic_shards: Path) -> None:
     arguments = ["--data.shards", str(synthetic_shards), "--data.crop_px", "64", "--data.s1_bands", "[VH]"]
-    model = Preflight.of(parse_run([*arguments, "--data.s2_bands", str(list(S2_9))]).config, world_size=1).build_model()
+    model = Pretraining.of(parse_run([*arguments, "--data.s2_bands", str(list(S2_9))]).config, world_size=1).build_model()
     widths = {m: next(model.encoders[m].parameters()).shape[1] for m in ("s1", "s2")}
     assert widths == {"s1": 1, "s2": 9}
 
 
 def test_encoders_are_named_after_backbone_and_modality(synthetic_shards: Path) -> None:
-    run = Preflight.of(parse_run(["--data.shards", str(synthetic_shards), "--data.crop_px", "64"]).config, world_size=1)
+    run = Pretraining.of(parse_run(["--data.shards", str(synthetic_shards), "--data.crop_px", "64"]).config, world_size=1)
     assert run.model_name("s2") == "cromss-resnet50-s2"
 
 
@@ -88,8 +91,8 @@ def test_encoders_that_could_not_be_registered_are_refused_before_the_run(
 ) -> None:
     arguments = ["--data.shards", str(synthetic_shards), "--data.crop_px", "64", f"--tracking.{option}", value]
     with pytest.raises(RegistryError, match=r"is not allowed; use letters"):
-        Preflight.of(parse_run(arguments).config, world_size=1)
-    Preflight.of(parse_run([*arguments, "--tracking.register", "false"]).config, world_size=1)
+        Pretraining.of(parse_run(arguments).config, world_size=1)
+    Pretraining.of(parse_run([*arguments, "--tracking.register", "false"]).config, world_size=1)
 
 
 def summary(**refused: str) -> RunSummary:
@@ -114,7 +117,8 @@ def test_a_mixture_of_any_places_can_be_recorded(store_uri: str, tmp_path: Path)
     folder = new_run_dir(config)
     with Record(folder) as record:
         record.begin("run", "mixture", {}, 0)
-        record_config(record, config, ["a" * 64, "b" * 64, "c" * 64])
+        digests = dict(zip(shards, ("a" * 64, "b" * 64, "c" * 64), strict=True))
+        record_task(record, cast(Task, SimpleNamespace(config=config, datasets=digests)))
     run_id = str(deliver(folder, store_uri).run_id)
     run = connect(store_uri).get_run(run_id)
     assert json.loads(run.data.params["data.shards"]) == [[*item] for item in shards.items()]

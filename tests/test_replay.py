@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-import cromss_dist.replay
+import cromss_dist.pretrain.task
 from cromss_dist.cli import main
 from cromss_dist.config import BatchPlan, DataConfig, EngineConfig, LossConfig, ModelConfig, RunConfig
 from cromss_dist.data.loading.augment import prepare, train_example, train_geometry
@@ -20,7 +20,7 @@ from cromss_dist.errors import CheckpointError, ConfigError
 from cromss_dist.losses import CromssLoss
 from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.replay import replay
-from cromss_dist.schema import Example
+from cromss_dist.schema import MODALITIES, Example
 from cromss_dist.train.safety.bundle import Bundle, Samples, write_bundle
 
 SEEN, EPOCHS = 16, 1.5
@@ -56,7 +56,7 @@ def bundle_of(config: RunConfig, plan: BatchPlan, folder: Path, weights: dict[st
         device="NVIDIA X",
         plan=plan,
         datasets=tuple(source.dataset.digest for source in data.train),
-        samples=Samples.of(data, plan, SEEN),
+        samples=Samples.of(data.train_plan, plan, SEEN),
     )
     return write_bundle(folder, replace(bundle, **facts), config, weights)
 
@@ -77,7 +77,7 @@ def step_in_one_pass(config: RunConfig, plan: BatchPlan) -> tuple[float, float]:
     steps = [[at for at in every if at[1] == m] for m in range(plan.accumulation_steps)]
     outputs: dict[tuple[int, int], list[torch.Tensor]] = {at: [] for at in every}
     for group in steps if config.engine.batch_norm == "global" else [[at] for at in every]:
-        for branch in model(torch.cat([every[at].s1 for at in group]), torch.cat([every[at].s2 for at in group])):
+        for branch in model(*(torch.cat([every[at].images[m] for at in group]) for m in MODALITIES)):
             for at, part in zip(group, branch.chunk(len(group)), strict=True):
                 outputs[at].append(part)
     groups = {"global": [list(every)], "micro": steps, "local": [[at] for at in every]}[config.loss.scope]
@@ -150,10 +150,10 @@ def test_a_sample_that_is_not_finite_reproduces_and_is_named(
         example = train_example(*arguments)
         calls.append(arguments[0].keys)
         if len(calls) == 3:  # the first micro batch of rank 1
-            example.s1[1, 0, 4, 4] = math.inf
+            example.images["s1"][1, 0, 4, 4] = math.inf
         return example
 
-    monkeypatch.setattr(cromss_dist.replay, "train_example", spoil)
+    monkeypatch.setattr(cromss_dist.pretrain.task, "train_example", spoil)
     bundle, found = replay(folder)
     (bad,) = [sample for sample in found.samples if not sample.inputs_finite]
     assert (bad.key, bad.rank) == (calls[2][1], 1)

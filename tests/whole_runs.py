@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import cromss_dist.train.validation
+import cromss_dist.pretrain.validation
 from cromss_dist.config import (
     CheckpointConfig,
     DataConfig,
@@ -23,7 +23,7 @@ from cromss_dist.config import (
 )
 from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.parse import CONFIG_FILE, from_dict, write_yaml
-from cromss_dist.pretrain import pretrain
+from cromss_dist.pretrain.run import pretrain
 from cromss_dist.schema import Batch
 from cromss_dist.tracking.run.replica import RUN_TAG
 from cromss_dist.tracking.run.spool import run_id_of
@@ -61,8 +61,8 @@ def of_steps(config: RunConfig, steps: int) -> RunConfig:
 def traced_run(world: World, run_dir: Path, config: dict[str, Any]) -> None:
     """A rank of a run, as a launcher starts it; its panels are blank, for to draw them takes a third of such a run."""
     trace_steps(run_dir, world.rank)
-    vars(cromss_dist.train.validation)["draw_panels"] = lambda *_: Figure((1, 1))
-    pretrain(from_dict(config), run_dir)
+    vars(cromss_dist.pretrain.validation)["draw_panels"] = lambda *_: Figure((1, 1))
+    pretrain(from_dict(config, RunConfig), run_dir)
 
 
 def trace_steps(run_dir: Path, rank: int) -> None:

@@ -24,13 +24,16 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     if not rows:
         print(empty)
         return
-    table = Table(*header, title=title, show_header=any(header), title_justify="left")
+    # Text: names and tags are not rich's markup.
+    table = Table(title=Text(shown(title)), show_header=any(header), title_justify="left")
+    for name in header:
+        table.add_column(Text(shown(name)))
     for row in rows:
-        table.add_row(*(Text(_shown(cell)) for cell in row))  # Text: names and tags are not rich's markup
+        table.add_row(*(Text(shown(cell)) for cell in row))
     # A pipe has no width: nothing must be cut there.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """With what steers a terminal spelt out: some of what is shown anyone may have written."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -4,13 +4,14 @@ Layer 1. YAML files in `configs/` state only what differs from the defaults here
 (CromSS, section IV-A). Dotted overrides come last: `--engine.global_batch 64`.
 """
 
-from cromss_dist.config.data import DataConfig, FilterConfig, ReadingConfig
+from cromss_dist.config.data import DataConfig, FilterConfig, ReadingConfig, ViewConfig
 from cromss_dist.config.engine import BatchPlan, EngineConfig, plan_batches, valid_worlds
 from cromss_dist.config.operation import CheckpointConfig, FaultConfig, LaunchConfig, TrackingConfig
 from cromss_dist.config.recipe import LossConfig, ModelConfig, TrainConfig
-from cromss_dist.config.run import RunConfig
+from cromss_dist.config.run import BaseRunConfig, RunConfig
 
 __all__ = [
+    "BaseRunConfig",
     "BatchPlan",
     "CheckpointConfig",
     "DataConfig",
@@ -24,6 +25,7 @@ __all__ = [
     "RunConfig",
     "TrackingConfig",
     "TrainConfig",
+    "ViewConfig",
     "plan_batches",
     "valid_worlds",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from cromss_dist.config.check import require
-from cromss_dist.schema import S1_BANDS, S2_BANDS, check_bands
+from cromss_dist.schema import S1_BANDS, S2_BANDS, Modality, check_bands
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,30 @@ class ReadingConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class ViewConfig:
+    """What training sees of a patch.
+
+    Args:
+        crop_px: Side of the random training crop, px at 10 m.
+        flip_p: Probability of a flip (horizontal, vertical or both, equally likely).
+        rotate_p: Probability of a rotation.
+        rotate_max_deg: Rotation angles are uniform in +- this, degrees.
+    """
+
+    crop_px: int = 256
+    flip_p: float = 0.5
+    rotate_p: float = 0.2
+    rotate_max_deg: float = 90.0
+
+    def __post_init__(self) -> None:
+        require(self.crop_px >= 16, "data.crop_px", self.crop_px, "give at least 16 px")
+        for name in ("flip_p", "rotate_p"):
+            require(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "give a probability in [0, 1]")
+        require(0 <= self.rotate_max_deg <= 180, "data.rotate_max_deg", self.rotate_max_deg, "give 0 to 180 degrees")
+
+
+@dataclass(frozen=True)
+class DataConfig(ViewConfig):
     """What is read and how it is augmented.
 
     Args:
@@ -80,10 +103,6 @@ class DataConfig:
             mixture: `{ours: 0.7, s3://bucket/theirs: 0.3}`.
         s1_bands: Sentinel-1 bands by name, in the order the model sees them.
         s2_bands: Sentinel-2 bands by name, in the order the model sees them.
-        crop_px: Side of the random training crop, px at 10 m.
-        flip_p: Probability of a flip (horizontal, vertical or both, equally likely).
-        rotate_p: Probability of a rotation.
-        rotate_max_deg: Rotation angles are uniform in +- this, degrees.
         val_fraction: Share of the locations held out for validation; at least one of each dataset.
         val_seasons: Seasons of each held-out location that are scored.
         window: Samples that are shuffled among themselves, at least; a larger one has more shards open at a time.
@@ -96,10 +115,6 @@ class DataConfig:
     shards: dict[str, float] | str = "shards"
     s1_bands: tuple[str, ...] = S1_BANDS
     s2_bands: tuple[str, ...] = S2_BANDS
-    crop_px: int = 256
-    flip_p: float = 0.5
-    rotate_p: float = 0.2
-    rotate_max_deg: float = 90.0
     val_fraction: float = 0.01
     val_seasons: tuple[int, ...] = (0, 1, 2, 3)
     window: int = 2048
@@ -108,12 +123,9 @@ class DataConfig:
     reading: ReadingConfig = field(default_factory=ReadingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_bands("s1", self.s1_bands)
         check_bands("s2", self.s2_bands)
-        require(self.crop_px >= 16, "data.crop_px", self.crop_px, "give at least 16 px")
-        for name in ("flip_p", "rotate_p"):
-            require(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "give a probability in [0, 1]")
-        require(0 <= self.rotate_max_deg <= 180, "data.rotate_max_deg", self.rotate_max_deg, "give 0 to 180 degrees")
         require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "give a share in (0, 1)")
         ok = (
             bool(self.val_seasons)
@@ -124,7 +136,7 @@ class DataConfig:
         require(self.window >= 1, "data.window", self.window, "give at least 1 sample")
         ok = bool(self.weights) and all(math.isfinite(weight) and weight > 0 for weight in self.weights.values())
         require(ok, "data.shards", self.shards, "give a folder or URL, or several with a positive weight each")
-        ok = len({_absolute(location) for location in self.weights}) == len(self.weights)
+        ok = len({absolute_location(location) for location in self.weights}) == len(self.weights)
         require(ok, "data.shards", self.shards, "a folder is named twice; give it once, with the sum of its weights")
         require(
             len(self.weights) == 1 or self.tail == "carry",
@@ -132,6 +144,11 @@ class DataConfig:
             self.tail,
             "the datasets of a mixture have epochs of their own; set 'carry'",
         )
+
+    @property
+    def bands(self) -> dict[Modality, tuple[str, ...]]:
+        """The bands of each modality."""
+        return {"s1": self.s1_bands, "s2": self.s2_bands}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -143,14 +160,14 @@ class DataConfig:
         shards = self.shards
         return replace(
             self,
-            shards={_absolute(name): weight for name, weight in shards.items()}
+            shards={absolute_location(name): weight for name, weight in shards.items()}
             if isinstance(shards, dict)
-            else _absolute(shards),
-            filter=replace(self.filter, quality=tuple(_absolute(path) for path in self.filter.quality)),
-            reading=replace(self.reading, cache=self.reading.cache and _absolute(self.reading.cache)),
+            else absolute_location(shards),
+            filter=replace(self.filter, quality=tuple(absolute_location(path) for path in self.filter.quality)),
+            reading=replace(self.reading, cache=self.reading.cache and absolute_location(self.reading.cache)),
         )
 
 
-def _absolute(location: str) -> str:
+def absolute_location(location: str) -> str:
     """A path that holds in every working directory; a URL does already."""
     return location if "://" in location else str(Path(location).expanduser().absolute())

@@ -43,6 +43,8 @@ class LossConfig:
         segmentation: Terms of the segmentation loss that are added up: 'ce', 'dice', 'focal'.
         consistency: Loss that ties the branches: 'ce', 'kl', 'mse' or 'none'.
         consistency_weight: lambda, the factor of the consistency loss.
+        consistency_reliability: 'agreement' lets a branch pull the other as far as the labels confirm its class against the
+            other's, so that one which cannot see a class does not take it from one which can; 'none' as published.
         confidence: Prediction confidence: 'entropy' or 'gini'.
         select: Whether refined confidences select and weight the pixels; otherwise all weights are 1.
         keep_share: rho, the share of each class that is kept once the ramp is over.
@@ -58,6 +60,7 @@ class LossConfig:
     segmentation: tuple[Literal["ce", "dice", "focal"], ...] = ("ce", "dice")
     consistency: Literal["ce", "kl", "mse", "none"] = "ce"
     consistency_weight: float = 1.0
+    consistency_reliability: Literal["none", "agreement"] = "none"
     confidence: Literal["entropy", "gini"] = "entropy"
     select: bool = True
     keep_share: float = 0.5
@@ -74,6 +77,12 @@ class LossConfig:
         require(0 <= self.keep_share <= 1, "loss.keep_share", self.keep_share, "give a share in [0, 1]")
         require(self.ramp_epochs >= 0, "loss.ramp_epochs", self.ramp_epochs, "give 0 or more epochs")
         require(self.consistency_weight >= 0, "loss.consistency_weight", self.consistency_weight, "give 0 or more")
+        require(
+            self.consistency != "none" or self.consistency_reliability == "none",
+            "loss.consistency_reliability",
+            self.consistency_reliability,
+            "there is no consistency to weigh (loss.consistency is none); give none, or a loss.consistency",
+        )
         ok = self.prior_weight >= 0 and self.uniform_weight >= 0 and self.prior_weight + self.uniform_weight <= 1
         require(
             ok,
@@ -92,7 +101,8 @@ class TrainConfig:
         lr: Adam's learning rate.
         weight_decay: Adam's L2 penalty.
         schedule: 'plateau' cuts the rate when the validation loss stalls (as published), 'cosine' decays it to
-            `min_lr` over the run.
+            `min_lr`.
+        decay_epochs: Epoch at which the cosine has come down, and the rate stays; null is the end of the run.
         warmup_epochs: Linear warm-up from 0, for either schedule.
         min_lr: Floor of the learning rate.
         plateau_patience: Validations without a better loss before the rate is cut.
@@ -106,6 +116,7 @@ class TrainConfig:
     lr: float = 5e-3
     weight_decay: float = 1e-8
     schedule: Literal["plateau", "cosine"] = "plateau"
+    decay_epochs: float | None = None
     warmup_epochs: float = 0.0
     min_lr: float = 0.0
     plateau_patience: int = 30
@@ -119,6 +130,10 @@ class TrainConfig:
         require(self.lr > 0, "train.lr", self.lr, "give more than 0")
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "give 0 or more")
         require(0 <= self.warmup_epochs <= self.epochs, "train.warmup_epochs", self.warmup_epochs, "give 0 to train.epochs")
+        ok = self.decay_epochs is None or self.decay_epochs > self.warmup_epochs
+        require(ok, "train.decay_epochs", self.decay_epochs, "give more than train.warmup_epochs, or null")
+        ok = self.decay_epochs is None or self.schedule == "cosine"
+        require(ok, "train.decay_epochs", self.decay_epochs, "it is of train.schedule=cosine; set it to null")
         require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, "give 0 to train.lr")
         require(0 < self.plateau_factor < 1, "train.plateau_factor", self.plateau_factor, "give a factor in (0, 1)")
         require(self.plateau_patience >= 0, "train.plateau_patience", self.plateau_patience, "give 0 or more")

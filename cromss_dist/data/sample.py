@@ -13,6 +13,7 @@ from cromss_dist.schema import IGNORE, ArraySpec, Modality, Normalisation
 Json: TypeAlias = dict[str, Any]
 Uint8Array: TypeAlias = npt.NDArray[np.uint8]
 NormalisedBy: TypeAlias = Literal["archive", "converter"]
+MEASURE_ONE = 254  # that stands for 1 in arrays of measures; 255 stands for none
 
 
 class Rejected(RejectedInputsError):  # noqa: N818 - an outcome that the converter counts, not only an error
@@ -43,6 +44,14 @@ class ValueSpec:
 
 
 @dataclass(frozen=True)
+class MeasureSpec:
+    """An array of one share a pixel at 10 m: stored 0 to 254 is 0 to 1, and 255 is none (`to_measure`, `from_measure`)."""
+
+    name: str
+    meaning: str
+
+
+@dataclass(frozen=True)
 class SampleSpec:
     """What all samples of a dataset have in common.
 
@@ -53,6 +62,7 @@ class SampleSpec:
         values: Label first, then others: uint8 (num_seasons, patch_px, patch_px).
         normalisation: Contract of each modality, restricted to the bands there are, in the order of `schema.BANDS`.
         normalised_by: Who applied it.
+        measures: Last, uint8 (num_seasons, patch_px, patch_px); what was computed of samples has them, archives do not.
     """
 
     patch_px: int
@@ -61,6 +71,7 @@ class SampleSpec:
     values: tuple[ValueSpec, ...]
     normalisation: dict[Modality, Normalisation]
     normalised_by: dict[Modality, NormalisedBy]
+    measures: tuple[MeasureSpec, ...] = ()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the array `name` in a sample."""
@@ -73,7 +84,8 @@ class SampleSpec:
     @property
     def names(self) -> tuple[str, ...]:
         """Array names in the order in which they are stored."""
-        return (*(spec.name for spec in self.images), *(spec.name for spec in self.values))
+        specs: tuple[ArraySpec | ValueSpec | MeasureSpec, ...] = (*self.images, *self.values, *self.measures)
+        return tuple(spec.name for spec in specs)
 
     def arrays(self) -> dict[str, Json]:
         """The manifest's account of each array: type, shape, meaning."""
@@ -90,11 +102,27 @@ class SampleSpec:
         for value in self.values:
             shape = list(self.shape(value.name))
             told[value.name] = {"dtype": "uint8", "shape": shape, "values": list(value.values), "ignore": IGNORE, "gsd_m": 10}
+        for measure in self.measures:
+            shape = list(self.shape(measure.name))
+            told[measure.name] = {"dtype": "uint8", "shape": shape, "meaning": measure.meaning, "one": MEASURE_ONE, "gsd_m": 10}
         return told
 
     def contracts(self) -> dict[str, Json]:
         """The manifest's account of how stored values came from physical ones."""
         return {m: {**asdict(contract), "digest": contract.digest} for m, contract in self.normalisation.items()}
+
+
+def to_measure(shares: npt.NDArray[np.floating], known: npt.NDArray[np.bool_] | None = None) -> Uint8Array:
+    """Shares in [0, 1] as they are stored, rounded to 1/254; 255 where they are not `known`."""
+    stored = np.rint(shares * MEASURE_ONE).astype(np.uint8)
+    return stored if known is None else np.where(known, stored, np.uint8(IGNORE))
+
+
+def from_measure(stored: Uint8Array) -> npt.NDArray[np.float32]:
+    """Stored measures as float32 shares; NaN for none."""
+    shares = stored.astype(np.float32) / np.float32(MEASURE_ONE)
+    shares[stored == IGNORE] = np.nan
+    return shares
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cromss_dist.config import RunConfig
 from cromss_dist.doctor.finding import Finding, failed
 from cromss_dist.doctor.node import Report
 from cromss_dist.doctor.subject import Subject
@@ -28,7 +29,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 class Request:
     """What a command line asks for."""
 
-    parsed: ParsedRun
+    parsed: ParsedRun[RunConfig]
     subject: Subject
     as_json: bool
 

@@ -50,4 +50,4 @@ class Subject:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Subject":
         """What `to_dict` wrote."""
-        return cls(**values | {"config": from_dict(values["config"]), "floors": tuple(values["floors"])})
+        return cls(**values | {"config": from_dict(values["config"], RunConfig), "floors": tuple(values["floors"])})

@@ -4,7 +4,8 @@ Everything is first a sum over pixels, then summed over ranks, then divided: one
 give the same number. Shapes: B batch, C classes, H x W px; index 0 is S1, 1 is S2.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from cromss_dist.config import LossConfig
 from cromss_dist.losses import confidence, segmentation
 from cromss_dist.losses.consistency import consistency_sum
 from cromss_dist.losses.counts import Counts, count
+from cromss_dist.losses.reliability import reliability
 from cromss_dist.losses.selection import ReduceSum, consistency_weights, keep_ratio, ramp, selection_weights
-from cromss_dist.schema import IGNORE, MODALITIES, NUM_CLASSES
+from cromss_dist.schema import CLASS_NAMES, IGNORE, MODALITIES
 
 # Keeps 1 / sum(w) finite in float32, and still so under fp16 loss scaling; smaller sums of weights mean no data.
 _WEIGHT_EPS = 1e-30
@@ -29,7 +31,8 @@ class LossOutput:
     """The loss of what one call sees: a micro batch, or all of a step (`train/step/accumulation.py`).
 
     `parts` are detached float32 scalars: `segmentation_s1`, `ce_s1`, `dice_s1`, `focal_s1` (those configured), `consistency_s1`
-    (into S1, unless 'none'), `kept_s1` (mean selection weight of the labelled pixels, in [0, 1]), and the same for s2.
+    (into S1, unless 'none'), `kept_s1` (mean selection weight of the labelled pixels, in [0, 1]), and the same for s2. With
+    `consistency_reliability` also `reliability_s1/<class>`, how far S1 may pull S2 to that class, in [0, 1].
     """
 
     total: Tensor  # float32 scalar; its gradient is scaled by the world size, see CromssLoss
@@ -50,10 +53,15 @@ class _Branch:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Pixel weights, detached: float32 (2, B, H, W), and bool (B, H, W): labelled pixels, and those of samples that count."""
+    """Pixel weights, detached: float32 (2, B, H, W), and bool (B, H, W): labelled pixels, and those of samples that count.
+
+    `pull` is `consistency` times reliability. It is the sum of `consistency` that the tie is divided by: a branch that is
+    unreliable all over pulls less, which its own sum would cancel.
+    """
 
     segmentation: Tensor
     consistency: Tensor
+    pull: Tensor
     labelled: Tensor
     valid: Tensor
 
@@ -69,7 +77,7 @@ class CromssLoss:
     Args:
         config: The loss section of the run. Its scope: 'global' and 'micro' see the pixels of a call on all ranks, and differ
             in what one call is given, all micro batches of a step or one; 'local' sets `reduce_sum` and `world_size` aside.
-        num_classes: C.
+        class_names: Of the C classes.
         reduce_sum: Sum of a detached tensor (int64 or float64) over ranks; None in one process. Called the same number of
             times on every rank.
         world_size: Number of ranks that `reduce_sum` sums over.
@@ -79,10 +87,14 @@ class CromssLoss:
     """
 
     def __init__(
-        self, config: LossConfig, num_classes: int = NUM_CLASSES, reduce_sum: ReduceSum | None = None, world_size: int = 1
+        self,
+        config: LossConfig,
+        class_names: Sequence[str] = CLASS_NAMES,
+        reduce_sum: ReduceSum | None = None,
+        world_size: int = 1,
     ) -> None:
         self.config = config
-        self.num_classes = num_classes
+        self.class_names, self.num_classes = tuple(class_names), len(class_names)
         alone = reduce_sum is None or config.scope == "local"
         self.reduce_sum: ReduceSum = (lambda x: x) if reduce_sum is None or alone else reduce_sum
         self.world_size = 1 if alone else world_size
@@ -113,6 +125,12 @@ class CromssLoss:
         weights = self._uniform_weights(label, sample_weights)
         if self.config.select:
             weights = self._select(branches, label, weights, progress)
+        probs = (branches[0].probs, branches[1].probs)
+        classes = label.where(weights.labelled, self.num_classes)
+        figures: dict[str, Tensor] = {}
+        if self.config.consistency_reliability == "agreement":
+            found = reliability(probs, classes, self.reduce_sum)
+            weights, figures = replace(weights, pull=weights.consistency * found.weights), found.figures(self.class_names)
         local = self._sums(branches, label, prior, weights)
         # The value is the global sum, the gradient the local one: no collective in the backward pass.
         sums = local + (self.reduce_sum(local.detach()) - local.detach())
@@ -120,15 +138,10 @@ class CromssLoss:
         total = total + (self.world_size - 1) * (total - total.detach())
         return LossOutput(
             total=total.float(),
-            parts={name: part.detach().float() for name, part in parts.items()},
+            parts={name: part.detach().float() for name, part in parts.items()} | figures,
             selection_s1=weights.segmentation[0],
             selection_s2=weights.segmentation[1],
-            counts=count(
-                (branches[0].probs, branches[1].probs),
-                label.where(weights.labelled, self.num_classes),
-                weights.segmentation,
-                weights.valid,
-            ),
+            counts=count(probs, classes, weights.segmentation, weights.valid),
         )
 
     @torch.no_grad()
@@ -169,12 +182,13 @@ class CromssLoss:
         return first, second
 
     def _uniform_weights(self, label: Tensor, sample_weights: Tensor | None) -> _Weights:
-        consistency = torch.ones(label.shape, device=label.device)
+        ones = torch.ones(label.shape, device=label.device)
         if sample_weights is not None:
-            consistency = consistency * sample_weights.float()[:, None, None]
-        valid = consistency > 0
+            ones = ones * sample_weights.float()[:, None, None]
+        valid = ones > 0
         labelled = (label != IGNORE) & valid
-        return _Weights((consistency * labelled).expand(2, *label.shape), consistency.expand(2, *label.shape), labelled, valid)
+        consistency = ones.expand(2, *label.shape)
+        return _Weights((ones * labelled).expand(2, *label.shape), consistency, consistency, labelled, valid)
 
     @torch.no_grad()
     def _select(self, branches: tuple[_Branch, _Branch], label: Tensor, uniform: _Weights, progress: float) -> _Weights:
@@ -186,8 +200,8 @@ class CromssLoss:
         of_prediction = torch.stack([confidence.prediction_confidence(b.probs, b.log_probs, config.confidence) for b in branches])
         classes = label.where(uniform.labelled, self.num_classes)
         selected = selection_weights(confidence.refine(of_label), classes, self.num_classes, ratio, self.reduce_sum)
-        agreed = consistency_weights(confidence.refine(of_prediction), progress_ramp)
-        return _Weights(uniform.segmentation * selected, uniform.consistency * agreed, uniform.labelled, uniform.valid)
+        consistency = uniform.consistency * consistency_weights(confidence.refine(of_prediction), progress_ramp)
+        return _Weights(uniform.segmentation * selected, consistency, consistency, uniform.labelled, uniform.valid)
 
     def _sums(self, branches: tuple[_Branch, _Branch], label: Tensor, prior: Tensor | None, weights: _Weights) -> Tensor:
         """All sums over this rank's pixels, float64 (2, 6 + 3 C): what `_from_sums` takes apart."""
@@ -216,7 +230,7 @@ class CromssLoss:
                     branch.log_probs,
                     other.probs.detach(),
                     other.log_probs.detach(),
-                    other_weight,
+                    weights.pull[1 - i],
                 )
             scalars = (segmentation.pixel_sum(weight), labelled, ce, focal, segmentation.pixel_sum(other_weight), tie)
             rows.append(torch.cat((torch.stack(scalars), dice.flatten())))

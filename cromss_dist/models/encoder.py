@@ -30,13 +30,14 @@ class Removed(nn.Module):
         return x
 
 
-def build_encoder(name: str, depth: int, in_channels: int) -> nn.Module:
+def build_encoder(name: str, depth: int, in_channels: int, output_stride: int | None = None) -> nn.Module:
     """A randomly initialised encoder; nothing is downloaded.
 
     Args:
         name: Encoder name of segmentation-models-pytorch, `tu-<timm name>` included.
         depth: Number of stages, 3-5; stage k has stride 2 ** k.
         in_channels: Number of input bands.
+        output_stride: Largest stride, 8 or 16; stages beyond it are dilated instead, with the same weights. None: no limit.
 
     Returns:
         A module whose forward takes float (B, in_channels, H, W) and returns the list of its `depth + 1` feature
@@ -48,12 +49,14 @@ def build_encoder(name: str, depth: int, in_channels: int) -> nn.Module:
     """
     check_encoder_name(name)
     try:
-        encoder: nn.Module = get_encoder(name, in_channels=in_channels, depth=depth, weights=None)
+        stride = {} if output_stride is None else {"output_stride": output_stride}
+        encoder: nn.Module = get_encoder(name, in_channels=in_channels, depth=depth, weights=None, **stride)
         return remove_unused(encoder, in_channels)
     except (ValueError, RuntimeError, AssertionError) as error:
         reason = str(error).rstrip(".") or f"it fails on squares of {PROBE_PX} px"
+        dilated = f" and output stride {output_stride}" if output_stride else ""
         raise ConfigError(
-            f"model.encoder={name!r} cannot be built with depth {depth}: {reason}. Choose another encoder or depth."
+            f"model.encoder={name!r} cannot be built with depth {depth}{dilated}: {reason}. Choose another encoder or depth."
         ) from error
 
 

@@ -78,8 +78,8 @@ def draw_panels(samples: Sequence[PanelSample], s1_bands: Sequence[str], s2_band
     )  # fmt: skip
     for row, sample in enumerate(samples):
         tiles: list[npt.NDArray[np.generic] | None] = [
-            _s2_colours(sample.s2, s2_bands),
-            _s1_colours(sample.s1),
+            s2_colours(sample.s2, s2_bands),
+            s1_colours(sample.s1),
             class_colours(sample.label),
         ]
         if with_reference:
@@ -141,12 +141,14 @@ def _hex(colour: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def _s2_colours(s2: npt.NDArray[np.floating], bands: Sequence[str]) -> npt.NDArray[np.floating]:
+def s2_colours(s2: npt.NDArray[np.floating], bands: Sequence[str]) -> npt.NDArray[np.floating]:
+    """RGB (H, W, 3) in [0, 1] of Sentinel-2 (bands, H, W) as `draw_panels` shows it."""
     index = [bands.index(band) for band in S2_RGB] if set(S2_RGB) <= set(bands) else [min(k, len(bands) - 1) for k in range(3)]
     return _stretch(s2[index])
 
 
-def _s1_colours(s1: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+def s1_colours(s1: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """RGB (H, W, 3) in [0, 1] of Sentinel-1 (1 or 2 bands, H, W) as `draw_panels` shows it."""
     return _stretch(np.stack([s1[0], s1[1], s1[0] - s1[1]]) if len(s1) == 2 else np.repeat(s1[:1], 3, axis=0))
 
 

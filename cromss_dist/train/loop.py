@@ -1,4 +1,4 @@
-"""The pretraining loop: batches, steps, checkpoints, validation; every length is in samples.
+"""The training loop of every task: batches, steps, checkpoints, validation; every length is in samples.
 
 Layer 3. Runs alike on every rank; only rank 0 holds a Record. A run can be cut anywhere and goes on from its last checkpoint as
 if it had not been: what comes next is a function of the state that `_state` lists and of nothing else.
@@ -10,16 +10,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from cromss_dist.data.loading.augment import train_example
 from cromss_dist.data.loading.draws import hash64
+from cromss_dist.data.loading.loader import TrainLoader
 from cromss_dist.errors import PreemptedError, StorageError, TrainingError
-from cromss_dist.losses import CromssLoss
 from cromss_dist.schema import Example
 from cromss_dist.train.checkpoint.reader import Saved
 from cromss_dist.train.checkpoint.store import Checkpoints
 from cromss_dist.train.figures.meter import Meter
 from cromss_dist.train.figures.profile import Profile
-from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.run.record import Record
 from cromss_dist.train.safety.bundle import Bundles
 from cromss_dist.train.safety.guard import Guard, Verdict
@@ -28,7 +26,7 @@ from cromss_dist.train.safety.stop import StopRequest
 from cromss_dist.train.step.accumulation import accumulated_step
 from cromss_dist.train.step.engine import Engine, StepResult
 from cromss_dist.train.step.schedule import Plateau, lr_factor
-from cromss_dist.train.validation import Validator
+from cromss_dist.train.task import Task, Trained
 from cromss_dist.world import World
 
 
@@ -47,14 +45,13 @@ class Safeguards:
     hang: HangWatch
 
 
-class Pretraining:
+class Training:
     """One run on this rank.
 
     Args:
-        preflight: Config, data, batch arithmetic, steps.
+        task: What is trained.
         world: This process among the others.
         engine: Model and optimiser.
-        loss: CromSS.
         safeguards: See there.
         profile: Of a few steps.
         record: On rank 0, where figures and pictures go.
@@ -62,23 +59,22 @@ class Pretraining:
 
     def __init__(
         self,
-        preflight: Preflight,
+        task: Task,
         world: World,
         engine: Engine,
-        loss: CromssLoss,
         safeguards: Safeguards,
         profile: Profile,
         record: Record | None,
     ) -> None:
-        self.preflight, self.world, self.engine, self.loss = preflight, world, engine, loss
+        self.task, self.world, self.engine, self.loss = task, world, engine, task.loss(world)
         self.safeguards, self.profile, self.record = safeguards, profile, record
-        self.config, self.timeline = preflight.config, preflight.timeline
+        self.config, self.timeline = task.config, task.timeline
         self.plateau = Plateau(self.config.train)
         self.guard = Guard(self.config.faults, world)
-        self.bundles = Bundles(safeguards.hang.run_dir, preflight, world, engine)
-        self.validator = Validator(preflight, world, engine, loss)
-        self.meter = Meter(world.device, self.timeline.global_batch)
-        self.loader = preflight.data.train_loader(preflight.plan, world.rank, pin_memory=world.device.type == "cuda")
+        self.bundles = Bundles(safeguards.hang.run_dir, task, world, engine)
+        self.validator = task.validator(world, engine)
+        self.meter = Meter(world.device, self.timeline.global_batch, self.loss.figures)
+        self.loader = TrainLoader.of(task.train_plan(task.plan, world.rank), task.reading, pin_memory=world.device.type == "cuda")
         self.step = 0
         """Optimiser steps taken or skipped."""
         self.validated_step = -1
@@ -142,12 +138,27 @@ class Pretraining:
                 self.profile.step()
             self._finish_saving()
 
+    @property
+    def trained(self) -> Trained:
+        """What the task ends the run with."""
+        return Trained(
+            world=self.world,
+            engine=self.engine,
+            run_dir=self.safeguards.hang.run_dir,
+            record=self.record,
+            samples=self.samples,
+            samples_per_s=self.samples_per_s,
+            before=self.before,
+            after=self.after,
+            beat=self.safeguards.hang.beat,
+        )
+
     def _train_step(self) -> Verdict:
         meter, engine = self.meter, self.engine
         torch.manual_seed(int(hash64(self.config.seed, self.step, self.world.rank)[0]))
         engine.lr = self.config.train.lr * lr_factor(self.config.train, self.timeline, self.samples) * self.plateau.factor
         progress = self.epochs
-        examples = [self._next_example() for _ in range(self.preflight.plan.accumulation_steps)]
+        examples = [self._next_example() for _ in range(self.task.plan.accumulation_steps)]
         out = accumulated_step(engine.forward, examples, self.loss, progress, engine, meter.phase)
         with meter.phase("optimizer"):
             self._beat("the vote on a step")
@@ -169,7 +180,7 @@ class Pretraining:
             batch = next(self.loader)
         self._beat("computing a step")
         with self.meter.phase("transforms"):
-            return train_example(batch, self.config.data, self.config.loss.prior, self.config.seed, self.world.device)
+            return self.task.example(batch, self.world.device)
 
     def _beat(self, place: str) -> None:
         self.safeguards.hang.beat(f"{place}, step {self.step + 1}")
@@ -184,7 +195,7 @@ class Pretraining:
             lr=self.engine.lr,
             epochs=self.epochs,
             loss_scale=self.engine.loss_scale if self.engine.precision == "fp16" else None,
-            num_replaced=self._num_replaced if self.config.data.reading.on_corrupt == "replace" else None,
+            num_replaced=self._num_replaced if self.loader.replaces else None,
             counters=self.guard.counters,
         )
         self.samples_per_s = values["perf/samples_per_s"]
@@ -195,14 +206,13 @@ class Pretraining:
 
     def _validate(self) -> None:
         """Validates where that is due and was not done, also after a resume."""
-        if not self.timeline.validates_after(self.step) or self.validated_step == self.step:
+        if self.validator is None or not self.timeline.validates_after(self.step) or self.validated_step == self.step:
             return
         with self.meter.phase("validation"):
             validation = self.validator.run(self.epochs, self._goes_on)
         if validation is None:
             self._stop()
-        loss = validation.losses["total"]
-        if not math.isfinite(loss):
+        if not math.isfinite(loss := validation.loss):
             self._finish_saving()
             raise TrainingError(
                 f"The validation loss is {loss} at step {self.step}; a smaller train.lr, engine.grad_clip or "
@@ -215,7 +225,7 @@ class Pretraining:
         with self.meter.phase("validation"):
             if self.record:
                 self.record.validation(self.after, self.step, self.samples)
-                self.record.picture(f"panels/step_{self.step:07d}.png", self.validator.draw(validation, self.epochs))
+                self.record.picture(f"panels/step_{self.step:07d}.png", validation.draw())
             self.world.barrier()  # else drawing, which takes seconds, were part of the other ranks' next step
 
     def _goes_on(self, place: str) -> bool:

@@ -16,6 +16,7 @@ from cromss_dist.config import EngineConfig, LossConfig, ModelConfig, TrainConfi
 from cromss_dist.losses import CromssLoss
 from cromss_dist.models.batch_norm import globalise_batch_norms
 from cromss_dist.models.two_branch import TwoBranchUNet
+from cromss_dist.pretrain.loss import BranchLoss
 from cromss_dist.schema import IGNORE, NUM_CLASSES, Example
 from cromss_dist.train.step.accumulation import accumulated_step
 from cromss_dist.train.step.engine import Engine
@@ -48,7 +49,7 @@ def example(step: int) -> Example:
     noise = torch.rand(label.shape, generator=draw)
     noisy = torch.where(noise < 0.2, (label + 1) % NUM_CLASSES, label).masked_fill(noise > 0.9, IGNORE)
     prior = torch.rand(GLOBAL_BATCH, NUM_CLASSES, CROP, CROP, generator=draw)
-    return Example(images[0], images[1], noisy, prior / prior.sum(1, keepdim=True), None, torch.ones(GLOBAL_BATCH))
+    return Example({"s1": images[0], "s2": images[1]}, noisy, prior / prior.sum(1, keepdim=True), None, torch.ones(GLOBAL_BATCH))
 
 
 def cut(whole: Example, part: int, parts: int) -> Example:
@@ -56,7 +57,8 @@ def cut(whole: Example, part: int, parts: int) -> Example:
         return values.chunk(parts)[part]
 
     assert whole.prior is not None
-    return Example(of(whole.s1), of(whole.s2), of(whole.label), of(whole.prior), None, of(whole.weights))
+    images = {modality: of(values) for modality, values in whole.images.items()}
+    return Example(images, of(whole.label), of(whole.prior), None, of(whole.weights))
 
 
 def gradients(world: World, fusion: str, scope: Scope) -> dict[str, Tensor]:
@@ -66,7 +68,7 @@ def gradients(world: World, fusion: str, scope: Scope) -> dict[str, Tensor]:
         globalise_batch_norms(networks, world.reduce_sum, world.size)
     loss = CromssLoss(LossConfig(scope=scope), reduce_sum=world.reduce_sum, world_size=world.size)
     part = cut(example(FIRST), world.rank, world.size)
-    logits_s1, logits_s2 = networks(part.s1, part.s2)
+    logits_s1, logits_s2 = networks(*part.images.values())
     out = loss(logits_s1, logits_s2, part.label, part.prior, PROGRESS, part.weights)
     out.total.backward()  # type: ignore[no-untyped-call]
     found = {name: p.grad for name, p in networks.named_parameters() if p.grad is not None}
@@ -82,7 +84,7 @@ def engine_losses(world: World, fusion: str) -> Tensor:
     found = []
     for step in range(STEPS):
         part = cut(example(step), world.rank, world.size)
-        found.append(accumulated_step(engine.forward, [part], loss, PROGRESS + step, engine).total)
+        found.append(accumulated_step(engine.forward, [part], BranchLoss(loss), PROGRESS + step, engine).total)
         assert engine.step().applied
     engine.close()
     return world.reduce_sum(torch.stack(found)) / world.size
@@ -97,7 +99,7 @@ def exact_losses(world: World, fusion: str) -> Tensor:
     found = []
     for step in range(EXACT_STEPS):
         part = cut(example(step), world.rank, world.size)
-        logits_s1, logits_s2 = networks(part.s1.double(), part.s2.double())
+        logits_s1, logits_s2 = networks(part.images["s1"].double(), part.images["s2"].double())
         out = loss(logits_s1, logits_s2, part.label, part.prior, PROGRESS + step, part.weights)
         adam.zero_grad()
         out.total.backward()  # type: ignore[no-untyped-call]
@@ -115,7 +117,7 @@ def accumulated(world: World, training: bool, micro_batches: int) -> dict[str, T
     engine = Engine(model("middle"), config, TrainConfig(weight_decay=0.0), plan_batches(config, world.size), world)
     engine.train(training)
     parts = [cut(example(FIRST), i, micro_batches) for i in range(micro_batches)]
-    loss = accumulated_step(engine.forward, parts, CromssLoss(LossConfig()), PROGRESS, engine).total
+    loss = accumulated_step(engine.forward, parts, BranchLoss(CromssLoss(LossConfig())), PROGRESS, engine).total
     assert engine.step().applied
     # After one step Adam's first moment is a tenth of the gradient.
     found = {name.removeprefix("exp_avg/"): value for name, value in engine.snapshot().items() if name.startswith("exp_avg/")}

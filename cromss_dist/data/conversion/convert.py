@@ -114,6 +114,7 @@ def convert(
     run: Runner = run_here,
     progress: Progress | None = None,
     work: Workplace | None = None,
+    origin: Json | None = None,
 ) -> Summary:
     """Converts an archive, going on where a killed call of the same arguments was.
 
@@ -130,6 +131,7 @@ def convert(
         run: Who writes the parts.
         progress: Called with key and status (written, rejected, duplicate) as inputs are done.
         work: Where to work, from `claimed(out, ...)`; None: claims it.
+        origin: What the inputs were computed from, for the manifest; what it says must be in the source's fingerprint, too.
 
     Raises:
         OutputExistsError: `out` is there, and is not to be, or must not be, replaced; or another converter writes it.
@@ -140,14 +142,20 @@ def convert(
         ConfigError: an argument is out of range, or differs from that of the call that is gone on with.
     """
     with claimed(out, overwrite, append, restart) if work is None else nullcontext(work) as place:
-        return _Conversion(source, place, write, shard_size_mib, max_reject_fraction).run(run, progress)
+        return _Conversion(source, place, write, shard_size_mib, max_reject_fraction, origin).run(run, progress)
 
 
 class _Conversion:
     def __init__(
-        self, source: Source, work: Workplace, write: Sinks | None, shard_size_mib: float, max_reject_fraction: float
+        self,
+        source: Source,
+        work: Workplace,
+        write: Sinks | None,
+        shard_size_mib: float,
+        max_reject_fraction: float,
+        origin: Json | None,
     ) -> None:
-        self.source, self.work, self.write = source, work, write
+        self.source, self.work, self.write, self.origin = source, work, write, origin
         self.max_reject_fraction = max_reject_fraction
         self.num_inputs = len(source.keys) + source.duplicates.total()
         self.per_part = locations_per_part(source.spec, shard_size_mib)
@@ -258,6 +266,7 @@ class _Conversion:
         asides = Counter(self.source.asides)
         if base:
             asides.update(base.manifest["ledger"]["asides"])
+        origin = self.origin or (base.manifest.get("origin") if base else None)
         failpoint("before_manifest")
         write_manifest(
             result,
@@ -276,6 +285,7 @@ class _Conversion:
                 "shards": [shard.to_json() for shard in shards],
                 "cube": cube,
                 "index": index,
+                **({"origin": origin} if origin else {}),
             },
         )
         return read_manifest(result)

@@ -51,7 +51,7 @@ class Statistics:
         self.class_counts = np.zeros((spec.num_seasons, len(self.classes.values) + 1), np.int64)
         # int64 (bands, 3) an array: pixels, sum of values, sum of squares
         self.moments = {image.name: np.zeros((len(image.bands), 3), np.int64) for image in spec.images}
-        self._scratch = np.empty(max(math.prod(spec.shape(image.name)[1:]) for image in spec.images), np.float32)
+        self._scratch = np.empty(max((math.prod(spec.shape(image.name)[1:]) for image in spec.images), default=0), np.float32)
 
     def add(self, sample: Sample) -> None:
         """Counts one sample."""

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from cromss_dist.config import DataConfig
+from cromss_dist.config import ViewConfig
 from cromss_dist.data.loading.draws import Draws
 from cromss_dist.data.loading.prior import label_prior
 from cromss_dist.errors import ConfigError
-from cromss_dist.schema import NUM_CLASSES, Batch, Example, Modality
+from cromss_dist.schema import MODALITIES, NUM_CLASSES, Batch, Example, Modality
 
 PriorKind = Literal["t", "s", "ts", "none"]
 
@@ -79,13 +79,23 @@ def eval_geometry(batch_size: int, patch_px: int, crop_px: int) -> Geometry:
     return Geometry(line, line, torch.zeros(batch_size, dtype=torch.float64))
 
 
-def train_example(batch: Batch, data: DataConfig, prior: PriorKind, seed: int, device: torch.device | str) -> Example:
+def train_example(
+    batch: Batch,
+    view: ViewConfig,
+    bands_s1: Sequence[str],
+    bands_s2: Sequence[str],
+    prior: PriorKind,
+    seed: int,
+    device: torch.device | str,
+) -> Example:
     """What training sees of a batch: `prepare` with the crop, flip and rotation that the run draws for each sample.
 
     Args:
         batch: From a train loader; on the host.
-        data: Bands, crop and augmentation.
-        prior: See `prepare`.
+        view: Crop and augmentation.
+        bands_s1: See `prepare`, as for the next two.
+        bands_s2: Sentinel-2 bands.
+        prior: Kind of label prior.
         seed: Of the run.
         device: Where the work is done and the result lives.
 
@@ -94,8 +104,8 @@ def train_example(batch: Batch, data: DataConfig, prior: PriorKind, seed: int, d
     """
     draws = Draws(seed, batch.epochs.numpy(), batch.sample_ids.numpy())
     patch_px = batch.labels.shape[-1]
-    geometry = train_geometry(draws, patch_px, data.crop_px, data.flip_p, data.rotate_p, data.rotate_max_deg)
-    return prepare(batch, geometry, data.s1_bands, data.s2_bands, prior, device)
+    geometry = train_geometry(draws, patch_px, view.crop_px, view.flip_p, view.rotate_p, view.rotate_max_deg)
+    return prepare(batch, geometry, bands_s1, bands_s2, prior, device)
 
 
 def prepare(
@@ -111,7 +121,7 @@ def prepare(
     Args:
         batch: From a loader; on the host.
         geometry: Of the batch.
-        bands_s1: Sentinel-1 bands by name, in the order wanted.
+        bands_s1: Sentinel-1 bands by name, in the order wanted; none leaves the modality out.
         bands_s2: Sentinel-2 bands by name, in the order wanted.
         prior: Kind of label prior, or 'none'. It is that of the whole patch and moves with the image.
         device: Where the work is done and the result lives.
@@ -126,7 +136,8 @@ def prepare(
     labels = batch.labels.to(device, non_blocking=True)
     seasons = batch.seasons.to(device, non_blocking=True)
     label = _gather(labels[torch.arange(len(labels), device=device), seasons][:, None], rows, cols)
-    layers = [_images(batch, "s1", bands_s1, rows, cols), _images(batch, "s2", bands_s2, rows, cols)]
+    wanted = {modality: bands for modality, bands in zip(MODALITIES, (bands_s1, bands_s2), strict=True) if bands}
+    layers = [_images(batch, modality, bands, rows, cols) for modality, bands in wanted.items()]
     values = [label.float()]
     if batch.reference is not None:
         values.append(_gather(batch.reference.to(device, non_blocking=True)[:, None], rows, cols).float())
@@ -138,10 +149,9 @@ def prepare(
         layers = [_rotate(layer, rotated.to(device), angles, "bilinear") for layer in layers]
         values = [_rotate(value, rotated.to(device), angles, "nearest") for value in values]
     return Example(
-        s1=layers[0],
-        s2=layers[1],
+        images=dict(zip(wanted, layers, strict=False)),  # the prior is the last layer
         label=values[0][:, 0].long(),
-        prior=layers[2] if prior != "none" else None,
+        prior=layers[-1] if prior != "none" else None,
         reference=values[1][:, 0].long() if batch.reference is not None else None,
         weights=batch.weights.to(device, non_blocking=True),
     )

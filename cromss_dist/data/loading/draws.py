@@ -32,6 +32,8 @@ class Stream(IntEnum):
     ANGLE = 9
     SHARDS = 10
     WINDOW = 11
+    LABELS = 12
+    PIXELS = 13
 
 
 def hash64(*parts: int | npt.NDArray[np.generic]) -> npt.NDArray[np.uint64]:
@@ -131,6 +133,14 @@ def split(keys: Sequence[str], val_fraction: float, seed: int) -> tuple[IntArray
             f"data.val_fraction={val_fraction} of {len(keys)} locations holds out {num_val} and leaves none for training; "
             "lower data.val_fraction or use shards with more locations."
         )
-    key_ints = np.array([int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys], np.uint64)
-    ranked = np.argsort(hash64(seed, Stream.SPLIT, key_ints), kind="stable").astype(np.int64)
+    ranked = ranked_keys(keys, seed, Stream.SPLIT)
     return np.sort(ranked[num_val:]), np.sort(ranked[:num_val])
+
+
+def ranked_keys(keys: Sequence[str], seed: int, stream: Stream) -> IntArray:
+    """Indices into `keys`, int64 (N,), in the order of a hash of key, seed and stream.
+
+    Which of two comes first depends on these alone, not on what else is among the keys or where they stand.
+    """
+    key_ints = np.array([int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys], np.uint64)
+    return np.argsort(hash64(seed, stream, key_ints), kind="stable").astype(np.int64)

@@ -9,6 +9,7 @@ from typing import Generic, Self, TypeVar
 
 from torch.utils.data import IterableDataset
 
+from cromss_dist.config import ReadingConfig
 from cromss_dist.data.loading.plan import EvalPlan, Plan, State, TrainPlan
 from cromss_dist.data.loading.read_ahead import ReadAhead, ReadSettings, ThreadReadAhead, read_in_turn
 from cromss_dist.data.loading.reading import OnCorrupt, Replacement
@@ -114,6 +115,25 @@ class TrainLoader(_Loader[TrainPlan]):
         super().__init__(plan, settings)
         self._handed_out = 0
 
+    @classmethod
+    def of(cls, plan: TrainPlan, reading: ReadingConfig, pin_memory: bool = False) -> Self:
+        """What reads a plan as a config says."""
+        return cls(
+            plan=plan,
+            threads=reading.threads,
+            workers=reading.workers,
+            prefetch=reading.prefetch_batches,
+            lookahead=reading.lookahead_batches,
+            timeout_s=reading.timeout_s,
+            on_corrupt=reading.on_corrupt,
+            pin_memory=pin_memory,
+        )
+
+    @property
+    def replaces(self) -> bool:
+        """Whether neighbours stand in for damaged samples."""
+        return self._settings.on_corrupt == "replace"
+
     @property
     def samples(self) -> int:
         """Samples of the training line, of all ranks, whose global batch was handed out to its last micro batch."""
@@ -176,6 +196,18 @@ class EvalLoader(_Loader[EvalPlan]):
             pin_memory=pin_memory,
         )
         super().__init__(plan, settings)
+
+    @classmethod
+    def of(cls, plan: EvalPlan, reading: ReadingConfig, pin_memory: bool = False) -> Self:
+        """What reads a plan as a config says, on threads of this process: it is over before workers had started."""
+        return cls(
+            plan=plan,
+            threads=reading.threads,
+            prefetch=reading.prefetch_batches,
+            lookahead=reading.lookahead_batches,
+            timeout_s=reading.timeout_s,
+            pin_memory=pin_memory,
+        )
 
     def __len__(self) -> int:
         return self.plan.num_batches

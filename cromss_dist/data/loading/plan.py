@@ -3,7 +3,7 @@
 A plan reads nothing and holds no state; it can be pickled to the processes that read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import count
@@ -18,8 +18,10 @@ from cromss_dist.data.loading.selection import Selection, draw_seasons, select
 from cromss_dist.data.store.collection import Collection
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.errors import BatchError, ConfigError
+from cromss_dist.schema import ArraySpec, Modality
 
 State: TypeAlias = dict[str, Any]
+Bands: TypeAlias = Mapping[Modality, Sequence[str]]
 
 MAX_NEIGHBOURS = 8  # tried in the place of a damaged sample: where more in a row are damaged, something else is wrong
 
@@ -49,6 +51,10 @@ class Plan(Protocol):
     @property
     def dataset(self) -> Dataset:
         """Where the samples are."""
+
+    @property
+    def images(self) -> tuple[ArraySpec, ...]:
+        """The image arrays that are read."""
 
     def requests(self, first: int = 0, every: int = 1) -> Iterator[Request]:
         """This rank's micro batches `first`, `first + every`, ..."""
@@ -90,6 +96,7 @@ class TrainPlan:
         tail: See `TrainingOrder`.
         start: Samples of the line that all ranks together consumed before; unless `tail` is 'carry' a multiple of
             `global_batch`.
+        bands: What is wanted of each modality: arrays without such a band are not read. None reads all.
 
     Raises:
         BatchError: `global_batch` is not micro_batch x world_size x a whole number.
@@ -106,6 +113,7 @@ class TrainPlan:
     window: int = 2048
     tail: Tail = "carry"
     start: int = 0
+    bands: Bands | None = None
     dataset: Dataset = field(init=False)
     starts: IntArray = field(init=False)
     """int64: sample id of the first location of each source."""
@@ -141,6 +149,11 @@ class TrainPlan:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         self._check_start(self.start)
+
+    @property
+    def images(self) -> tuple[ArraySpec, ...]:
+        """The image arrays that are read."""
+        return _wanted(self.dataset, self.bands)
 
     @property
     def guard(self) -> State:
@@ -239,6 +252,7 @@ class EvalPlan:
         micro_batch: Samples of one forward pass on one rank.
         rank: Of this process.
         world_size: Number of ranks.
+        bands: See `TrainPlan`.
 
     Raises:
         ConfigError: nothing is left to score, a season or rank does not exist, or the selection is not of the dataset.
@@ -251,6 +265,7 @@ class EvalPlan:
     micro_batch: int
     rank: int = 0
     world_size: int = 1
+    bands: Bands | None = None
     pairs: IntArray = field(init=False)
     """int64 (P, 2): sample id and season."""
 
@@ -274,6 +289,11 @@ class EvalPlan:
         object.__setattr__(self, "pairs", pairs)
 
     @property
+    def images(self) -> tuple[ArraySpec, ...]:
+        """The image arrays that are read."""
+        return _wanted(self.dataset, self.bands)
+
+    @property
     def num_batches(self) -> int:
         """Micro batches of each rank."""
         return -(-len(self.pairs) // (self.micro_batch * self.world_size))
@@ -290,6 +310,14 @@ class EvalPlan:
     def neighbours(self, sample_id: int, epoch: int) -> Iterator[tuple[int, int]]:
         """None: a score is of what it says."""
         return iter(())
+
+
+def _wanted(dataset: Dataset, bands: Bands | None) -> tuple[ArraySpec, ...]:
+    """The image arrays that have one of the bands."""
+    if bands is None:
+        return dataset.images
+    wanted = {(modality, band) for modality, of_modality in bands.items() for band in of_modality}
+    return tuple(spec for spec in dataset.images if any((spec.modality, band) in wanted for band in spec.bands))
 
 
 def _check_selection(dataset: Dataset, selection: Selection) -> None:

@@ -117,7 +117,7 @@ class ThreadReadAhead:
 
     def __init__(self, plan: Plan, settings: ReadSettings) -> None:
         self._requests = FetchedAhead(plan.dataset, plan.requests(), settings.lookahead)
-        self._dataset = plan.dataset
+        self._plan = plan
         self._reader = BatchReader(plan, settings.threads, settings.on_corrupt)
         self._memory = memory_of(settings, settings.prefetch + 1)
         self._prefetch, self._timeout_s = settings.prefetch, settings.timeout_s
@@ -136,7 +136,7 @@ class ThreadReadAhead:
         except LoaderError:
             self._closing_s = 0  # it was waited for long enough
             raise
-        batch = batch_of(self._dataset, reading.request, reading.piece)
+        batch = batch_of(self._plan, reading.request, reading.piece)
         return batch.pin_memory() if self._memory.kind == "pinned" else batch, reading.replaced
 
     def close(self) -> None:
@@ -161,6 +161,6 @@ def read_in_turn(plan: Plan, threads: int, lookahead: int, on_corrupt: OnCorrupt
             for request in requests:
                 reading = reader.begin(request, memory.take(reader.piece_size(request)))
                 reader.finish(reading)
-                yield batch_of(plan.dataset, request, reading.piece)
+                yield batch_of(plan, request, reading.piece)
         finally:
             requests.close()

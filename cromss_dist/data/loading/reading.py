@@ -20,7 +20,6 @@ from torch import Tensor
 
 from cromss_dist.data.loading.plan import Plan, Request
 from cromss_dist.data.sample import Uint8Array
-from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.errors import LoaderError, ShardError
 from cromss_dist.schema import LABEL_ARRAY, REFERENCE_ARRAY, Batch
 
@@ -88,10 +87,10 @@ class DaemonThreads:
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 
-def shapes_of(dataset: Dataset) -> Shapes:
+def shapes_of(plan: Plan) -> Shapes:
     """Name and shape of the arrays that a batch has of each sample."""
-    wanted = {*(spec.name for spec in dataset.images), LABEL_ARRAY, REFERENCE_ARRAY}
-    return {name: dataset.shape(name) for name in dataset.arrays if name in wanted}
+    wanted = {*(spec.name for spec in plan.images), LABEL_ARRAY, REFERENCE_ARRAY}
+    return {name: plan.dataset.shape(name) for name in plan.dataset.arrays if name in wanted}
 
 
 def piece_size(shapes: Shapes, num_samples: int) -> int:
@@ -146,17 +145,17 @@ class BatchMemory:
         return torch.from_numpy(lent)
 
 
-def batch_of(dataset: Dataset, request: Request, piece: Tensor) -> Batch:
+def batch_of(plan: Plan, request: Request, piece: Tensor) -> Batch:
     """The batch whose pixels lie in a piece of memory."""
-    arrays = lay_out(piece, shapes_of(dataset), len(request.sample_ids))
+    arrays = lay_out(piece, shapes_of(plan), len(request.sample_ids))
     return Batch(
-        keys=tuple(dataset.locations[i] for i in request.sample_ids.tolist()),
+        keys=tuple(plan.dataset.locations[i] for i in request.sample_ids.tolist()),
         sample_ids=torch.from_numpy(request.sample_ids),
         epochs=torch.from_numpy(request.epochs),
         seasons=torch.from_numpy(request.seasons),
         weights=torch.from_numpy(request.weights),
-        specs=dataset.images,
-        images={spec.name: arrays[spec.name] for spec in dataset.images},
+        specs=plan.images,
+        images={spec.name: arrays[spec.name] for spec in plan.images},
         labels=arrays[LABEL_ARRAY],
         reference=arrays.get(REFERENCE_ARRAY),
     )
@@ -183,7 +182,7 @@ class BatchReader:
 
     def __init__(self, plan: Plan, threads: int, on_corrupt: OnCorrupt) -> None:
         self._plan, self._dataset, self._on_corrupt = plan, plan.dataset, on_corrupt
-        self._shapes = shapes_of(plan.dataset)
+        self._shapes = shapes_of(plan)
         self._num_threads = threads
         self._threads = DaemonThreads(threads, "cromss-reader")
         self._at_work: dict[int, tuple[int, int]] = {}

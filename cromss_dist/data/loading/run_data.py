@@ -111,6 +111,7 @@ class RunData:
             world_size=batches.world_size,
             window=self.config.window,
             tail=self.config.tail,
+            bands=self.config.bands,
         )
 
     def eval_plan(self, batches: BatchPlan, rank: int = 0) -> EvalPlan:
@@ -122,33 +123,16 @@ class RunData:
             micro_batch=batches.micro_batch,
             rank=rank,
             world_size=batches.world_size,
+            bands=self.config.bands,
         )
 
     def train_loader(self, batches: BatchPlan, rank: int = 0, samples: int = 0, pin_memory: bool = False) -> TrainLoader:
         """What reads a rank's `train_plan`, as `data.reading` says, from behind `samples` samples on. Raises as `TrainLoader`."""
-        reading = self.config.reading
-        return TrainLoader(
-            plan=self.train_plan(batches, rank).starting_at(samples),
-            threads=reading.threads,
-            workers=reading.workers,
-            prefetch=reading.prefetch_batches,
-            lookahead=reading.lookahead_batches,
-            timeout_s=reading.timeout_s,
-            on_corrupt=reading.on_corrupt,
-            pin_memory=pin_memory,
-        )
+        return TrainLoader.of(self.train_plan(batches, rank).starting_at(samples), self.config.reading, pin_memory)
 
     def eval_loader(self, batches: BatchPlan, rank: int = 0, pin_memory: bool = False) -> EvalLoader:
         """What reads a rank's `eval_plan`, on threads of this process. Raises as `EvalLoader` does."""
-        reading = self.config.reading
-        return EvalLoader(
-            plan=self.eval_plan(batches, rank),
-            threads=reading.threads,
-            prefetch=reading.prefetch_batches,
-            lookahead=reading.lookahead_batches,
-            timeout_s=reading.timeout_s,
-            pin_memory=pin_memory,
-        )
+        return EvalLoader.of(self.eval_plan(batches, rank), self.config.reading, pin_memory)
 
 
 @contextmanager

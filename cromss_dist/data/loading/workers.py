@@ -42,7 +42,7 @@ class WorkerReadAhead:
         self._connections: list[Connection] = []
         self._processes: list[BaseProcess] = []
         shared = BatchMemory("shared", keep=0)
-        size = piece_size(shapes_of(plan.dataset), len(next(plan.requests()).sample_ids))
+        size = piece_size(shapes_of(plan), len(next(plan.requests()).sample_ids))
         self._slots = [[shared.take(size) for _ in range(settings.prefetch)] for _ in range(settings.workers)]
         for worker, slots in enumerate(self._slots):
             mine, its = context.Pipe()
@@ -83,7 +83,7 @@ class WorkerReadAhead:
         with suppress(OSError):  # where it ended or died: the batch is whole, and its next turn tells
             connection.send(slot)
         self._number += 1
-        batch = batch_of(self._plan.dataset, request, piece)
+        batch = batch_of(self._plan, request, piece)
         return batch.pin_memory() if self._memory.kind == "pinned" else batch, replaced
 
     def close(self) -> None:

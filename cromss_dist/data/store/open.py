@@ -5,7 +5,6 @@ from typing import Literal, TypeAlias
 
 from cromss_dist.data.store.cube.reader import CubeIndex, cube_index, cube_of, cube_section
 from cromss_dist.data.store.cube.record import MAX_RECORD_BYTES, RECORD, parse_record
-from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.data.store.index import ShardIndex, shards_of
 from cromss_dist.data.store.remote.cache import CachedFiles, ShardCache
 from cromss_dist.data.store.remote.remote import Remote
@@ -15,7 +14,7 @@ from cromss_dist.errors import ShardError
 Reader: TypeAlias = Literal["auto", "shards", "cube"]
 
 
-def open_dataset(location: str | Path, cache: ShardCache | None = None, reader: Reader = "auto") -> Dataset:
+def open_dataset(location: str | Path, cache: ShardCache | None = None, reader: Reader = "auto") -> ShardIndex | CubeIndex:
     """Opens a dataset after checking manifest, index, and, in a local folder, names and sizes of the files; reads no pixel.
 
     Args:

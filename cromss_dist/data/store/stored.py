@@ -11,7 +11,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cromss_dist.data.sample import Json, SampleSpec, ValueSpec
+from cromss_dist.data.sample import Json, MeasureSpec, SampleSpec, ValueSpec
 from cromss_dist.data.store.dataset import Places
 from cromss_dist.data.store.index_file import INDEX, IndexTables, parse_index
 from cromss_dist.data.store.manifest import MANIFEST, ShardEntry, canonical, manifest_entries, parse_manifest
@@ -52,10 +52,15 @@ class StoredDataset:
 
     @property
     def archives(self) -> dict[str, Json]:
-        """What the manifest says of its archive: the account of its inputs, who made values uint8, the ledger's sha256."""
+        """What the manifest says of its archive: account of its inputs, who made values uint8, the ledger's sha256, origin."""
         ledger = {name: value for name, value in self.manifest["ledger"].items() if type(value) is int}
         facts = {"ledger_sha256": self.manifest["ledger"]["sha256"], "normalised_by": self.manifest["normalised_by"]}
-        return {self.digest: ledger | facts}
+        return {self.digest: ledger | facts | ({"origin": self.origin_of} if self.origin_of else {})}
+
+    @property
+    def origin_of(self) -> Json | None:
+        """What it was computed from, where that is no archive: digests of datasets and models, settings."""
+        return self.manifest.get("origin")
 
     @property
     def locations(self) -> tuple[str, ...]:
@@ -172,11 +177,13 @@ def spec_of(manifest: Json) -> SampleSpec:
         if "bands" in of
     )
     values = (ValueSpec(name, _texts(of["values"])) for name, of in arrays.items() if "values" in of)
+    measures = (MeasureSpec(name, *_texts([of["meaning"]])) for name, of in arrays.items() if "meaning" in of)
     contracts = {modality: _contract(stated) for modality, stated in manifest["normalisation"].items()}
-    spec = SampleSpec(counts["patch_px"], counts["seasons"], tuple(images), tuple(values), contracts, manifest["normalised_by"])
+    of_arrays = (tuple(images), tuple(values), contracts, manifest["normalised_by"], tuple(measures))
+    spec = SampleSpec(counts["patch_px"], counts["seasons"], *of_arrays)
     # The order is that of the index's columns; the digest, of sorted keys, knows nothing of it.
     if list(arrays) != list(spec.names) or spec.values[0].name != LABEL_ARRAY:
-        raise ValueError(f"the arrays {list(arrays)} are not images, {LABEL_ARRAY} and other values, in this order")
+        raise ValueError(f"the arrays {list(arrays)} are not images, {LABEL_ARRAY}, other values and measures, in this order")
     if not all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in arrays):
         raise ValueError(f"the arrays {list(arrays)} are no names")
     for what, stated, said in (

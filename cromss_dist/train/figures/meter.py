@@ -6,16 +6,14 @@ Layer 3.
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from cromss_dist.losses import Counts, LossOutput
-from cromss_dist.schema import CLASS_NAMES, MODALITIES
 from cromss_dist.world import World
 
 Phase: TypeAlias = Literal["data", "transforms", "forward", "loss", "backward", "optimizer", "checkpoint", "validation"]
@@ -33,6 +31,22 @@ _ON_DEVICE: tuple[Phase, ...] = ("transforms", "forward", "loss", "backward", "o
 _GIB = 2**30
 
 
+class Reported(Protocol):
+    """What a loss reports; `StepLoss` does."""
+
+    @property
+    def total(self) -> Tensor:
+        """float32 scalar."""
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """float32 scalars by name."""
+
+    @property
+    def counts(self) -> Tensor:
+        """float64 (N,)."""
+
+
 class Meter:
     """Adds up what the loss reports on the device, and times the phases of a step.
 
@@ -42,11 +56,11 @@ class Meter:
     Args:
         device: Of the networks.
         global_batch: Samples of one optimiser step over all ranks.
-        class_names: Names of the C classes that the loss counts.
+        figures: What the counts of all steps and ranks say, under MLflow's names.
     """
 
-    def __init__(self, device: torch.device, global_batch: int, class_names: tuple[str, ...] = CLASS_NAMES) -> None:
-        self.device, self.global_batch, self.class_names = device, global_batch, class_names
+    def __init__(self, device: torch.device, global_batch: int, figures: Callable[[Tensor], Mapping[str, float]]) -> None:
+        self.device, self.global_batch, self._figures = device, global_batch, figures
         self._started: float | None = None  # by the first phase
         self._restart()
 
@@ -77,12 +91,14 @@ class Meter:
                 yield
                 self._seconds[name] += time.perf_counter() - started
 
-    def add(self, out: LossOutput) -> None:
-        """Takes the loss of one micro batch, or of a whole step where it is computed at once."""
-        # What is kept follows from the counts.
-        losses = {"total": out.total} | {name: part for name, part in out.parts.items() if not name.startswith("kept")}
-        self._names = tuple(losses)
-        self._step.append(torch.cat((torch.stack(list(losses.values())).detach().double(), out.counts.sums)))
+    def add(self, out: Reported) -> None:
+        """Takes the loss of one micro batch, or of a whole step where it is computed at once.
+
+        A part is shown as `train/loss/<name>`; one whose name has a group, as `reliability_s1/water`, as `train/<name>`.
+        """
+        parts = {"total": out.total, **out.parts}
+        self._names = tuple(f"train/{name}" if "/" in name else f"train/loss/{name}" for name in parts)
+        self._step.append(torch.cat((torch.stack(list(parts.values())).detach().double(), out.counts)))
 
     def step_done(self, grad_norm: float | None, applied: bool = True) -> None:
         """Ends an optimiser step.
@@ -161,19 +177,8 @@ class Meter:
         return seconds
 
     def _training_figures(self, sums: Tensor, num_added: float) -> dict[str, float]:
-        losses, counts = sums[: len(self._names)] / num_added, Counts(sums[len(self._names) :])
-        values = {f"train/loss/{name}": value for name, value in zip(self._names, losses.tolist(), strict=True)}
-        if counts.valid:
-            values["train/agreement"] = float(counts.agreed / counts.valid)
-        labelled = counts.labelled.tolist()
-        for modality, weights, kept in zip(MODALITIES, counts.weight.tolist(), counts.kept.tolist(), strict=True):
-            if any(labelled):
-                values[f"train/kept_{modality}"] = sum(weights) / sum(labelled)
-            for name, weight, number_kept, number in zip(self.class_names, weights, kept, labelled, strict=True):
-                if number:
-                    values[f"train/kept_{modality}/{name}"] = weight / number
-                    values[f"train/selected_share_{modality}/{name}"] = number_kept / number
-        return values
+        means, counts = sums[: len(self._names)] / num_added, sums[len(self._names) :]
+        return {**dict(zip(self._names, means.tolist(), strict=True)), **self._figures(counts)}
 
     def _time_figures(self, seconds: Mapping[str, float]) -> dict[str, float]:
         values = {name: seconds[phase] for phase, name in PAUSES.items() if seconds[phase]}

@@ -5,24 +5,21 @@ Layer 3.
 
 from typing import Any
 
-from cromss_dist.config import RunConfig
+from cromss_dist.config import BaseRunConfig
 from cromss_dist.errors import CheckpointError
 from cromss_dist.parse import from_dict
 from cromss_dist.tracking.run.requests import flatten
 
-# What decides the networks, the loss and the line of samples. The loader compares the datasets themselves, wherever they lie.
-_FIXED = ("seed", "data.", "model.", "loss.", "engine.global_batch", "engine.batch_norm")
-_FREE_OF_THESE = ("data.shards", "data.reading.", "data.filter.quality")
 _NOT_TOLD = ("name", "output", "data.shards")
 
 
-def changes_of(saved: dict[str, Any], config: RunConfig) -> list[str]:
+def changes_of(saved: dict[str, Any], config: BaseRunConfig) -> list[str]:
     """What of a run's config is no longer as it was when a checkpoint was saved.
 
     Where it runs (ranks, micro batch, ZeRO stage, precision, reading) may change, and so may its length and rate.
 
     Args:
-        saved: The config in the checkpoint, as `RunConfig.to_dict` gave it.
+        saved: The config in the checkpoint, as its `to_dict` gave it.
         config: The config to go on with.
 
     Returns:
@@ -32,9 +29,9 @@ def changes_of(saved: dict[str, Any], config: RunConfig) -> list[str]:
         CheckpointError: something differs that makes it another run.
     """
     # Parsed, both, so that 10 is 10.0, and what the checkpoint's version did not know has its default.
-    old, new = (flatten(from_dict(content).to_dict()) for content in (saved, config.to_dict()))
+    old, new = (flatten(from_dict(content, type(config)).to_dict()) for content in (saved, config.to_dict()))
     differing = {key: f"{key} was {old.get(key)} and is {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)}
-    fatal = [text for key, text in differing.items() if key.startswith(_FIXED) and not key.startswith(_FREE_OF_THESE)]
+    fatal = [text for key, text in differing.items() if key.startswith(config.FIXED) and not key.startswith(config.FREE)]
     if fatal:
         raise CheckpointError(
             f"The run's checkpoints are of another config: {'; '.join(fatal)}. Go on with the values that it had, or start a "

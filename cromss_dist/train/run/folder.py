@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from cromss_dist.config import RunConfig
+from cromss_dist.config import BaseRunConfig
 from cromss_dist.data.staging import write_atomically
 from cromss_dist.errors import CheckpointError, ConfigError, OutputExistsError
 from cromss_dist.parse import CONFIG_FILE, to_yaml, write_yaml
@@ -56,13 +56,13 @@ def read_summary(run_dir: Path) -> RunSummary | None:
     return RunSummary(**json.loads(path.read_text())) if path.exists() else None
 
 
-def mark_as_begun(run_dir: Path, config: RunConfig) -> None:
+def mark_as_begun(run_dir: Path, config: BaseRunConfig) -> None:
     """What a run's folder says once the run goes on: this is its config from now on, and it is not finished."""
     (run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of before it was made longer
     write_atomically(run_dir / CONFIG_FILE, to_yaml(config).encode())
 
 
-def new_run_dir(config: RunConfig) -> Path:
+def new_run_dir(config: BaseRunConfig) -> Path:
     """Creates the run's folder `<output>/<name>-<time>` with the resolved config in it."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{i}" for i in range(2, 100))):

@@ -146,6 +146,8 @@ class _Viewer:
 
     def _on_validation(self, event: dict[str, Any]) -> None:
         metrics = event["metrics"]
+        if "val/loss/total" not in metrics:  # scores on a test set, which have a line of their own
+            return
         text = f"validation after {event['samples']} samples: loss {metrics['val/loss/total']:.3f}"
         for kind, name in (("miou", "mIoU, noisy labels"), ("reference_miou", "mIoU, clean truth")):
             if f"val/{kind}_s1" in metrics:

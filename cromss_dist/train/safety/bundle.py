@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cromss_dist.config import BatchPlan, RunConfig
-from cromss_dist.data.loading.run_data import RunData
+from cromss_dist.config import BaseRunConfig, BatchPlan
+from cromss_dist.data.loading.plan import TrainPlan
 from cromss_dist.errors import CheckpointError, StorageError
 from cromss_dist.parse import to_yaml
-from cromss_dist.train.preflight import Preflight
 from cromss_dist.train.step.engine import Engine, StepResult
+from cromss_dist.train.task import Task
 from cromss_dist.world import World, device_name
 
 FOLDER = "replay"
@@ -45,11 +45,11 @@ class Samples:
     weights: tuple[float, ...]  # 1, or 0 for a sample that only fills the batch
 
     @classmethod
-    def of(cls, data: RunData, plan: BatchPlan, samples: int) -> "Samples":
+    def of(cls, train_plan: Callable[[BatchPlan], TrainPlan], plan: BatchPlan, samples: int) -> "Samples":
         """The global batch behind `samples` samples of the training line, whatever rank reads which part of it."""
         whole = BatchPlan(plan.global_batch, plan.global_batch, accumulation_steps=1, world_size=1)
-        request = next(data.train_plan(whole).starting_at(samples).requests())
-        keys = data.dataset.locations
+        line = train_plan(whole).starting_at(samples)
+        request, keys = next(line.requests()), line.dataset.locations
         ids, epochs, seasons = request.sample_ids.tolist(), request.epochs.tolist(), request.seasons.tolist()
         return cls(tuple(keys[i] for i in ids), tuple(ids), tuple(epochs), tuple(seasons), tuple(request.weights.tolist()))
 
@@ -68,7 +68,7 @@ class Bundle:
     precision: str
     device: str  # in words
     plan: BatchPlan
-    datasets: tuple[str, ...]  # their digests, in the order of data.shards
+    datasets: tuple[str, ...]  # their digests, in the order in which samples are numbered
     samples: Samples
 
 
@@ -82,13 +82,13 @@ class Bundles:
 
     Args:
         run_dir: Folder of the run.
-        preflight: Config, data, batch arithmetic.
+        task: Config, data, batch arithmetic.
         world: This process among the others.
         engine: The networks.
     """
 
-    def __init__(self, run_dir: Path, preflight: Preflight, world: World, engine: Engine) -> None:
-        self._run_dir, self._preflight, self._world, self._engine = run_dir, preflight, world, engine
+    def __init__(self, run_dir: Path, task: Task, world: World, engine: Engine) -> None:
+        self._run_dir, self._task, self._world, self._engine = run_dir, task, world, engine
 
     def keep(self, reason: str, step: int, progress_epochs: float, loss: float, result: StepResult) -> Path | None:
         """Writes the bundle of a step that was just taken or left out; a collective call.
@@ -106,13 +106,13 @@ class Bundles:
         Raises:
             StorageError: on rank 0, it cannot be written.
         """
-        preflight, world = self._preflight, self._world
-        if not has_room(self._run_dir, preflight.config.faults.bundles, world):
+        task, world = self._task, self._world
+        if not has_room(self._run_dir, task.config.faults.bundles, world):
             return None
         weights = self._engine.state_dict()
         if not world.is_main:
             return None
-        samples_seen = (step - 1) * preflight.plan.global_batch
+        samples_seen = (step - 1) * task.plan.global_batch
         bundle = Bundle(
             reason=reason,
             step=step,
@@ -123,14 +123,14 @@ class Bundles:
             weights_of="after" if result.applied else "before",
             precision=self._engine.precision,
             device=device_name(world.device),
-            plan=preflight.plan,
-            datasets=tuple(source.dataset.digest for source in preflight.data.train),
-            samples=Samples.of(preflight.data, preflight.plan, samples_seen),
+            plan=task.plan,
+            datasets=tuple(task.datasets.values()),
+            samples=Samples.of(task.train_plan, task.plan, samples_seen),
         )
-        return write_bundle(self._run_dir, bundle, preflight.config, weights)
+        return write_bundle(self._run_dir, bundle, task.config, weights)
 
 
-def write_bundle(run_dir: Path, bundle: Bundle, config: RunConfig, weights: Mapping[str, Tensor]) -> Path:
+def write_bundle(run_dir: Path, bundle: Bundle, config: BaseRunConfig, weights: Mapping[str, Tensor]) -> Path:
     """Writes a bundle; one of the same step, from before a restart, is replaced. For rank 0.
 
     Args:

@@ -10,20 +10,47 @@ Memory at 9 classes, for each pixel of all micro batches of this rank: 72 bytes 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from cromss_dist.losses import CromssLoss, LossOutput
 from cromss_dist.schema import Example
 from cromss_dist.train.figures.meter import Phase
 
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-Timer = Callable[[Phase], AbstractContextManager[None]]
+Scope: TypeAlias = Literal["global", "micro", "local"]
+"""What a call of a loss sees: all micro batches of a step on all ranks, one of each rank, or one rank's."""
+Forward: TypeAlias = Callable[..., tuple[Tensor, ...]]
+Timer: TypeAlias = Callable[[Phase], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of what one call sees: a micro batch, or all micro batches of a step."""
+
+    total: Tensor  # float32 scalar; its gradient is this rank's part times the number of ranks that it sees
+    parts: dict[str, Tensor]  # detached float32 scalars by name, see `Meter.add`
+    counts: Tensor  # float64 (N,) of this rank's pixels, to be added up over steps and ranks before anything is divided
+
+
+class Loss(Protocol):
+    """What is asked of a loss."""
+
+    @property
+    def scope(self) -> Scope:
+        """What one call sees."""
+
+    def __call__(self, logits: Sequence[Tensor], example: Example, progress: float) -> StepLoss:
+        """The training loss; a collective call where it sees other ranks' pixels.
+
+        Args:
+            logits: What the networks return: float (B, C, h, w) each.
+            example: Labels and weights, of the same samples.
+            progress: Epochs trained.
+        """
 
 
 class Differentiates(Protocol):
@@ -39,11 +66,11 @@ class Differentiates(Protocol):
 def accumulated_step(
     forward: Forward,
     micro_batches: Sequence[Example],
-    loss: CromssLoss,
+    loss: Loss,
     progress: float,
     engine: Differentiates,
     phase: Timer = lambda _: nullcontext(),
-) -> LossOutput:
+) -> StepLoss:
     """Adds up the gradient of one optimiser step, and leaves moving the weights to the caller.
 
     Scope 'global' with several micro batches: loss and gradient are those of one batch of all of them, up to the order of
@@ -51,33 +78,31 @@ def accumulated_step(
     (dropout) are the same in both passes. Other scopes, or one micro batch: the mean over micro batches, in one pass.
 
     Args:
-        forward: Logits of both branches for S1 and S2 images, in the engine's arithmetic.
+        forward: Logits for the images of an example, in the engine's arithmetic.
         micro_batches: Of this rank; equally many, and equally many samples in each, on all ranks.
-        loss: CromSS.
+        loss: Of the task.
         progress: Epochs trained, as for the loss.
         engine: Whose `backward` is called once a micro batch.
         phase: Times 'forward', 'loss' and 'backward': `Meter.phase`. The gradient at joined logits is part of 'loss'.
 
     Returns:
-        The loss of all micro batches without gradient: selection weights of all samples in their order, counts added up.
-        `total` and `parts` are means over micro batches where the scope is not 'global'.
+        The loss of all micro batches without gradient: counts are added up, `total` and `parts` are means over micro batches
+        where the scope is not 'global'.
     """
-    if loss.config.scope == "global" and len(micro_batches) > 1:
+    if loss.scope == "global" and len(micro_batches) > 1:
         return _two_passes(forward, micro_batches, loss, progress, engine, phase)
     outputs = []
     for example in micro_batches:
         with phase("forward"):
-            logits = forward(example.s1, example.s2)
+            logits = forward(*example.images.values())
         with phase("loss"):
-            output = loss(*logits, example.label, example.prior, progress, example.weights)
+            output = loss(logits, example, progress)
         with phase("backward"):
             engine.backward(output.total)
         outputs.append(output)
-    return LossOutput(
+    return StepLoss(
         total=torch.stack([output.total.detach() for output in outputs]).mean(),
         parts={name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts},
-        selection_s1=torch.cat([output.selection_s1 for output in outputs]),
-        selection_s2=torch.cat([output.selection_s2 for output in outputs]),
         counts=reduce(add, [output.counts for output in outputs]),
     )
 
@@ -85,48 +110,52 @@ def accumulated_step(
 def _two_passes(
     forward: Forward,
     micro_batches: Sequence[Example],
-    loss: CromssLoss,
+    loss: Loss,
     progress: float,
     engine: Differentiates,
     phase: Timer,
-) -> LossOutput:
-    device = micro_batches[0].s1.device
+) -> StepLoss:
+    device = micro_batches[0].label.device
     # Leaving fork_rng puts the generators back, so that the second pass draws what the first one drew.
     draws_again = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with phase("forward"), draws_again, torch.no_grad(), engine.frozen_statistics():
-        pairs = [forward(example.s1, example.s2) for example in micro_batches]
+        parts = [forward(*example.images.values()) for example in micro_batches]
         # In float32, so that the gradient is rounded to the logits' type only after the engine's loss scale, as in one pass.
-        logits_s1, logits_s2 = (torch.cat(list(branch)).float() for branch in zip(*pairs, strict=True))
-        del pairs
+        joined = [torch.cat(branch).float() for branch in zip(*parts, strict=True)]
+        del parts
     with phase("loss"):
-        output, slopes = _slopes(logits_s1, logits_s2, micro_batches, loss, progress)
-        del logits_s1, logits_s2
-    for example, parts in zip(micro_batches, slopes, strict=True):
+        output, slopes = _slopes(joined, micro_batches, loss, progress)
+        del joined
+    for example, slope in zip(micro_batches, slopes, strict=True):
         with phase("forward"):
-            logits = forward(example.s1, example.s2)
+            logits = forward(*example.images.values())
         with phase("backward"):
-            # Its gradient at the logits is `parts`; the engine takes a mean over micro batches, hence their number.
-            pairings = [(x.float() * slope).sum() for x, slope in zip(logits, parts, strict=True)]
-            engine.backward(len(micro_batches) * (pairings[0] + pairings[1]))
+            # Its gradient at the logits is `slope`; the engine takes a mean over micro batches, hence their number.
+            pairings = [(x.float() * of_branch).sum() for x, of_branch in zip(logits, slope, strict=True)]
+            engine.backward(len(micro_batches) * reduce(add, pairings))
     return output
 
 
 def _slopes(
-    logits_s1: Tensor, logits_s2: Tensor, micro_batches: Sequence[Example], loss: CromssLoss, progress: float
-) -> tuple[LossOutput, list[tuple[Tensor, ...]]]:
-    """The loss of all micro batches, and its gradient at both logits of each; keeps nothing else alive."""
-    logits_s1.requires_grad_()
-    logits_s2.requires_grad_()
-    priors = [example.prior for example in micro_batches if example.prior is not None]
-    output = loss(
-        logits_s1,
-        logits_s2,
-        torch.cat([example.label for example in micro_batches]),
-        torch.cat(priors) if priors else None,
-        progress,
-        torch.cat([example.weights for example in micro_batches]),
-    )
-    slopes = torch.autograd.grad(output.total, (logits_s1, logits_s2))
+    logits: Sequence[Tensor], micro_batches: Sequence[Example], loss: Loss, progress: float
+) -> tuple[StepLoss, list[tuple[Tensor, ...]]]:
+    """The loss of all micro batches, and its gradient at the logits of each; keeps nothing else alive."""
+    for branch in logits:
+        branch.requires_grad_()
+    output = loss(logits, join_examples(micro_batches), progress)
+    slopes = torch.autograd.grad(output.total, list(logits))
     sizes = [len(example.label) for example in micro_batches]
     per_micro_batch = list(zip(*(torch.split(slope, sizes) for slope in slopes), strict=True))
     return replace(output, total=output.total.detach()), per_micro_batch
+
+
+def join_examples(parts: Sequence[Example]) -> Example:
+    """The samples of all parts, but for their images, of which no loss asks."""
+    priors = [part.prior for part in parts if part.prior is not None]
+    return Example(
+        images={},
+        label=torch.cat([part.label for part in parts]),
+        prior=torch.cat(priors) if priors else None,
+        reference=None,
+        weights=torch.cat([part.weights for part in parts]),
+    )

@@ -90,9 +90,9 @@ class _Autocast(nn.Module):
         super().__init__()
         self.model, self._device, self._precision = model, device, precision
 
-    def forward(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *images: Tensor) -> tuple[Tensor, ...]:
         with autocast(self._precision, self._device):
-            logits: tuple[Tensor, Tensor] = self.model(s1, s2)
+            logits: tuple[Tensor, ...] = self.model(*images)
             return logits
 
 
@@ -100,8 +100,9 @@ class Engine:
     """A model, its Adam and DeepSpeed around them, on this rank's device.
 
     Args:
-        model: Weights must be equal on all ranks (seed before building); DeepSpeed broadcasts rank 0's in any case. It is
-            changed in place, without changing names: batch norms, recomputation, compilation.
+        model: Takes images and returns a tuple of logits. Weights must be equal on all ranks (seed before building); DeepSpeed
+            broadcasts rank 0's in any case. Parameters without `requires_grad` stay as they are. It is changed in place,
+            without changing names: batch norms, recomputation, compilation.
         engine: How a step is computed.
         train: Learning rate and weight decay.
         plan: Batch arithmetic.
@@ -116,6 +117,7 @@ class Engine:
         self.memory_format = resolve_memory_format(engine, world.device)
         self._config, self._world, self._model = engine, world, model
         self._scale = LossScale(dynamic=self.precision == "fp16")
+        model.train()
         if engine.batch_norm == "global":
             globalise_batch_norms(model, world.reduce_sum, world.size)
         if engine.activation_checkpointing is True:
@@ -132,7 +134,7 @@ class Engine:
         ]
         self._in_step = False
         self.optimizer = GuardedAdam(
-            model.parameters(),
+            (parameter for parameter in model.parameters() if parameter.requires_grad),
             lr=train.lr,
             weight_decay=train.weight_decay,
             fused=engine.fused_optimizer is not False,
@@ -151,18 +153,17 @@ class Engine:
             self._engine.enable_backward_allreduce = False  # it copies every gradient twice to sum it over one rank
         self._master.create_moments(self._engine.optimizer)
 
-    def forward(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of both branches for float32 images (B, bands, h, w) in [0, 1]; dtype is that of the arithmetic."""
-        s1 = s1.contiguous(memory_format=self.memory_format)
-        s2 = s2.contiguous(memory_format=self.memory_format)
+    def forward(self, *images: Tensor) -> tuple[Tensor, ...]:
+        """What the model returns for float32 images (B, bands, h, w) in [0, 1]: logits, of the dtype of the arithmetic."""
+        images = tuple(x.contiguous(memory_format=self.memory_format) for x in images)
         if self._must_measure and self._model.training:
             self._must_measure = False
-            self._recompute_if_needed(s1, s2)
+            self._recompute_if_needed(images)
         if self._model.training and not self._in_step:
             self._in_step = True
             for now, before in self._buffers:
                 torch._foreach_copy_(before, now)
-        logits: tuple[Tensor, Tensor] = self._engine(s1, s2)
+        logits: tuple[Tensor, ...] = self._engine(*images)
         return logits
 
     def backward(self, loss: Tensor) -> None:
@@ -260,10 +261,10 @@ class Engine:
         """Frees what DeepSpeed holds."""
         self._engine.destroy()
 
-    def _recompute_if_needed(self, s1: Tensor, s2: Tensor) -> None:
+    def _recompute_if_needed(self, images: tuple[Tensor, ...]) -> None:
         """Has activations computed again instead of kept if they would not fit on any of the ranks."""
         with self.frozen_statistics():
-            wanted = saved_bytes(self._engine, s1, s2)
+            wanted = saved_bytes(self._engine, *images)
         if self._world.any(wanted > FREE_SHARE * free_bytes(self._world.device)):
             recompute_activations(self._model)
 

@@ -23,11 +23,12 @@ class MasterState:
     """Reads and writes the master state; every method is a collective call. To be made before DeepSpeed partitions the model.
 
     Keys are `weights/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>`, all float32, and `buffers/<name>` in their own type.
-    Local batch norms have other running statistics on each rank: `buffers/<name>` is their mean, for any number of ranks to go
-    on with, and `buffers-<rank>-of-<ranks>/<name>` each rank's own, with which as many ranks go on to the bit.
+    Parameters without `requires_grad` have no moments. Local batch norms have other running statistics on each rank:
+    `buffers/<name>` is their mean, for any number of ranks to go on with, and `buffers-<rank>-of-<ranks>/<name>` each rank's
+    own, with which as many ranks go on to the bit.
 
     Args:
-        model: The networks.
+        model: The networks, in training mode: buffers of what is not (a frozen encoder) are the same on all ranks.
         optimizer: Their Adam.
         engine: Its ZeRO stage says what is partitioned: at 1 and 2 what Adam has of weights, at 3 the weights, too.
         world: This process among the others.
@@ -35,12 +36,17 @@ class MasterState:
 
     def __init__(self, model: nn.Module, optimizer: GuardedAdam, engine: EngineConfig, world: World) -> None:
         self._model, self._optimizer, self._stage, self._world = model, optimizer, engine.zero_stage, world
-        self._has_own_buffers = engine.batch_norm == "local"
         self._parameters = dict(model.named_parameters())
+        self._own_buffers = [
+            f"{_BUFFERS}/{module_name}.{name}" if module_name else f"{_BUFFERS}/{name}"
+            for module_name, module in model.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if engine.batch_norm == "local" and module.training and buffer.dtype.is_floating_point
+        ]
         self._layout = {
             f"{kind}/{name}": (parameter.shape, torch.float32)
             for name, parameter in self._parameters.items()
-            for kind in (_WEIGHTS, *MOMENTS)
+            for kind in (_WEIGHTS, *(MOMENTS if parameter.requires_grad else ()))
         } | {f"{_BUFFERS}/{name}": (buffer.shape, buffer.dtype) for name, buffer in model.named_buffers()}
 
     def create_moments(self, wrapper: Any) -> None:
@@ -51,20 +57,20 @@ class MasterState:
         """
         match self._stage:
             case 0:
-                self._optimizer.create_state(self._parameters.values())
+                self._optimizer.create_state(p for p in self._parameters.values() if p.requires_grad)
             case 3:
                 self._optimizer.create_state(wrapper.fp32_partitioned_groups_flat)
             case _:
                 self._optimizer.create_state(wrapper.single_partition_of_fp32_groups)
                 wrapper._lazy_init_hp_params_optimizer_state()  # else only the first step would link them to the weights
 
-    def gathered(self, parameters: Iterable[nn.Parameter] | None = None) -> AbstractContextManager[Any]:
-        """Inside, weights are whole, all or those given; what rank 0 then writes into those given is everyone's."""
+    def gathered(self, parameters: Iterable[nn.Parameter] | None = None, writes: bool = False) -> AbstractContextManager[Any]:
+        """Inside, weights are whole, all or those given; with `writes`, what rank 0 writes into them is everyone's."""
         import deepspeed
 
         chosen = list(self._parameters.values() if parameters is None else parameters)
         context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
-            chosen, modifier_rank=None if parameters is None else 0, enabled=self._stage == 3
+            chosen, modifier_rank=0 if writes else None, enabled=self._stage == 3
         )
         return context
 
@@ -106,8 +112,11 @@ class MasterState:
         if kind == _BUFFERS:
             return self._model.get_buffer(name)
         parameter = self._parameters[name]
-        if kind == _WEIGHTS:  # stages 1 and 2 keep whole weights beside the optimiser's part of them, equal to it
-            value = safe_get_full_fp32_param(parameter) if self._stage == 3 else parameter
+        if kind == _WEIGHTS and (self._stage < 3 or not parameter.requires_grad):
+            with self.gathered([parameter]):  # stages 1 and 2 keep whole weights beside the optimiser's part, equal to it
+                value = parameter.clone() if self._stage == 3 else parameter
+        elif kind == _WEIGHTS:
+            value = safe_get_full_fp32_param(parameter)
         elif self._stage == 0:
             value = self._optimizer.state[parameter][kind]
         else:
@@ -122,11 +131,11 @@ class MasterState:
             return
         parameter = self._parameters[name]
         if kind == _WEIGHTS:
-            with self.gathered([parameter]):
+            with self.gathered([parameter], writes=True):
                 parameter.copy_(value)
         if self._stage == 0 and kind != _WEIGHTS:
             self._optimizer.state[parameter][kind].copy_(value)
-        elif self._stage > 0:
+        elif self._stage > 0 and parameter.requires_grad:
             self._write_part(parameter, kind, value)
 
     def _write_part(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
@@ -151,8 +160,7 @@ class MasterState:
 
     def _mean_buffers(self) -> dict[str, Tensor]:
         """Means over ranks of the buffers of which each has its own, by key; counts are the same on all."""
-        kinds = self._layout.items() if self._has_own_buffers else ()
-        keys = [key for key, (_, dtype) in kinds if key.startswith(f"{_BUFFERS}/") and dtype.is_floating_point]
+        keys = self._own_buffers
         if not keys:
             return {}
         buffers = [self._read(key) for key in keys]

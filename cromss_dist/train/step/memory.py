@@ -3,7 +3,7 @@
 Layer 3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,20 @@ from torch import Tensor, nn
 FREE_SHARE = 0.8  # of the free memory that activations may take; gradients in flight and workspaces need the rest
 
 
-def saved_bytes(forward: Callable[[Tensor, Tensor], object], s1: Tensor, s2: Tensor) -> int:
+def saved_bytes(forward: Callable[..., object], *images: Tensor) -> int:
     """Bytes that a forward pass of this batch keeps for its backward pass, weights aside.
 
     Measured with at most 3 samples and carried on from there: what grows with the batch does so by the sample, and copies
     of weights in half precision do not grow. Dropout draws afterwards what it would have drawn: a run that is resumed
     measures at another step.
     """
-    with torch.random.fork_rng([s1.device] if s1.is_cuda else []):
-        few = [_measure(forward, s1[:count], s2[:count]) for count in sorted({min(len(s1), 2), min(len(s1), 3)})]
-    return few[-1] + (len(s1) - 3) * (few[-1] - few[0]) if len(s1) > 3 else few[-1]
+    samples, device = len(images[0]), images[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        few = [_measure(forward, [x[:count] for x in images]) for count in sorted({min(samples, 2), min(samples, 3)})]
+    return few[-1] + (samples - 3) * (few[-1] - few[0]) if samples > 3 else few[-1]
 
 
-def _measure(forward: Callable[[Tensor, Tensor], object], s1: Tensor, s2: Tensor) -> int:
+def _measure(forward: Callable[..., object], images: Sequence[Tensor]) -> int:
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def _measure(forward: Callable[[Tensor, Tensor], object], s1: Tensor, s2: Tensor
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward(s1, s2)  # held, so that no storage is freed and another one takes its address
+        output = forward(*images)  # held, so that no storage is freed and another one takes its address
     del output
     return sum(kept.values())
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cromss_dist.config import RunConfig, TrainConfig
+from cromss_dist.config import BaseRunConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Timeline:
     save_every_steps: int
 
     @classmethod
-    def of(cls, config: RunConfig, epoch_samples: int) -> "Timeline":
+    def of(cls, config: BaseRunConfig, epoch_samples: int) -> "Timeline":
         """The timeline of a config whose epochs have `epoch_samples` samples."""
         batch = config.engine.global_batch
 
@@ -74,7 +74,8 @@ def lr_factor(train: TrainConfig, timeline: Timeline, samples: int) -> float:
         return min(1.0, (samples + timeline.global_batch) / warmup)
     if train.schedule == "plateau":
         return 1.0
-    share = (samples - warmup) / max(1.0, timeline.total_samples - warmup)
+    end = timeline.total_samples if train.decay_epochs is None else train.decay_epochs * timeline.epoch_samples
+    share = (samples - warmup) / max(1.0, end - warmup)
     floor = train.min_lr / train.lr
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 

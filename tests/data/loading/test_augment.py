@@ -44,7 +44,7 @@ def layers(example: Example) -> dict[str, Tensor]:
     assert example.prior is not None
     assert example.reference is not None
     return {
-        "s1": example.s1, "s2": example.s2, "prior": example.prior,
+        "s1": example.images["s1"], "s2": example.images["s2"], "prior": example.prior,
         "label": example.label[:, None], "reference": example.reference[:, None],
     }  # fmt: skip
 
@@ -59,7 +59,7 @@ def pil_resize(band: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.int64]:
 
 
 def assert_s2_equals_pil(batch: Batch, side: int) -> None:
-    counts = (run(batch, eval_geometry(len(batch.keys), side, side), "none").s2 * 255).round().numpy()
+    counts = (run(batch, eval_geometry(len(batch.keys), side, side), "none").images["s2"] * 255).round().numpy()
     for spec in IMAGE_ARRAYS[1:]:
         for index, band in enumerate(spec.bands):
             for sample in range(len(batch.keys)):
@@ -123,8 +123,8 @@ def test_image_label_and_prior_move_together() -> None:
     assert torch.equal(example.label, example.reference)
     for found in (
         (example.prior[:, 5] > 0.5),
-        *((example.s1[:, band] > 0.5) for band in range(2)),
-        *((example.s2[:, i] > 0.5) for i in (1, 4)),
+        *((example.images["s1"][:, band] > 0.5) for band in range(2)),
+        *((example.images["s2"][:, i] > 0.5) for i in (1, 4)),
     ):
         # All but pixels at the border of the square, which filters and interpolation may move by one.
         assert (found != inside).float().mean(dim=(1, 2)).max() < 0.05
@@ -147,8 +147,8 @@ def test_prior_sums_to_one_and_labels_stay_labels_under_rotation() -> None:
     assert example.prior is not None
     torch.testing.assert_close(example.prior.sum(1), torch.ones(4, H, H))
     assert set(example.label.flatten().tolist()) <= {*range(9), 255}
-    assert example.s2.min() >= 0
-    assert example.s2.max() <= 1
+    assert example.images["s2"].min() >= 0
+    assert example.images["s2"].max() <= 1
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
@@ -177,18 +177,18 @@ def test_label_and_image_are_those_of_the_drawn_season() -> None:
     assert example.prior is None
     for sample in range(4):
         assert torch.equal(example.label[sample], batch.labels[sample, sample].long())
-    assert torch.equal((example.s1 * 255).round().to(torch.uint8), batch.images["s1"])
-    assert example.s1.dtype == torch.float32
+    assert torch.equal((example.images["s1"] * 255).round().to(torch.uint8), batch.images["s1"])
+    assert example.images["s1"].dtype == torch.float32
 
 
 def test_bands_come_by_name_in_the_order_asked_for() -> None:
     batch = random_batch(2)
     geometry = eval_geometry(2, H, H)
-    everything = run(batch, geometry, "none").s2
+    everything = run(batch, geometry, "none").images["s2"]
     for bands in (S2_9, S2_BANDS[::-1], ("B10", "B4", "B1")):
         part = prepare(batch, geometry, ("VH",), bands, "none", "cpu")
-        assert torch.equal(part.s2, everything[:, [S2_BANDS.index(band) for band in bands]])
-        assert torch.equal((part.s1[:, 0] * 255).round().to(torch.uint8), batch.images["s1"][:, 1])
+        assert torch.equal(part.images["s2"], everything[:, [S2_BANDS.index(band) for band in bands]])
+        assert torch.equal((part.images["s1"][:, 0] * 255).round().to(torch.uint8), batch.images["s1"][:, 1])
 
 
 def test_the_evaluation_crop_is_central() -> None:

@@ -28,7 +28,7 @@ def test_the_code_of_the_page_runs(synthetic_shards: Path, tmp_path: Path, monke
         assert len([line for line in block.splitlines() if line.strip()]) <= 10
         exec(compile(block, str(PAGE), "exec"), names)
     assert names["batch"].images["s2_10m"].shape == (4, 4, 96, 96)
-    assert names["example"].s2.shape == (4, 3, 64, 64)
+    assert names["example"].images["s2"].shape == (4, 3, 64, 64)
     assert names["state"]["samples"] == names["stream"].plan.start == 8
 
 

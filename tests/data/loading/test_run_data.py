@@ -3,9 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cromss_dist.config import BatchPlan, DataConfig, FilterConfig, ReadingConfig
 from cromss_dist.data.loading import run_data
+from cromss_dist.data.loading.loader import TrainLoader
+from cromss_dist.data.loading.plan import Bands
 from cromss_dist.data.loading.run_data import RunData
 from cromss_dist.data.reporting.quality import measure_location, write_csv
 from cromss_dist.data.store.index import open_shards
@@ -37,6 +40,28 @@ def test_a_loader_reads_what_its_rank_is_planned_to_read(synthetic_shards: Path)
         pairs = [pair for batch in scored for pair in zip(batch.sample_ids.tolist(), batch.seasons.tolist(), strict=True)]
     requests = data.eval_plan(BATCHES, rank=1).requests()
     assert pairs == [pair for r in requests for pair in zip(r.sample_ids.tolist(), r.seasons.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("bands", "arrays"),
+    [
+        ({"s2": ("B4", "B3", "B2")}, ["s2_10m"]),
+        ({"s1": ("VH",), "s2": ("B4", "B5")}, ["s1", "s2_10m", "s2_20m"]),
+        ({"s1": (), "s2": ("B1",)}, ["s2_60m"]),
+        (None, ["s1", "s2_10m", "s2_20m", "s2_60m"]),
+    ],
+)
+def test_arrays_without_a_band_that_is_wanted_are_not_read(
+    synthetic_shards: Path, bands: Bands | None, arrays: list[str]
+) -> None:
+    data = RunData.open(config_of(synthetic_shards), seed=0)
+    plan, whole = replace(data.train_plan(BATCHES), bands=bands), data.train_plan(BATCHES)
+    with TrainLoader(plan=plan) as loader, TrainLoader(plan=whole) as reads_all:
+        batch, expected = next(loader), next(reads_all)
+    assert [spec.name for spec in batch.specs] == list(batch.images) == arrays
+    for name, values in batch.images.items():
+        assert torch.equal(values, expected.images[name])
+    assert torch.equal(batch.labels, expected.labels)
 
 
 def test_another_seed_holds_out_others(synthetic_shards: Path) -> None:

@@ -69,7 +69,8 @@ def prepared(batches: list[Batch]) -> list[Example]:
 
 def equal(one: list[Example], other: list[Example]) -> bool:
     def same(a: Example, b: Example) -> bool:
-        pairs = zip((a.s1, a.s2, a.label, a.prior, a.reference), (b.s1, b.s2, b.label, b.prior, b.reference), strict=True)
+        both = [(*x.images.values(), x.label, x.prior, x.reference) for x in (a, b)]
+        pairs = zip(*both, strict=True)
         return all(x is not None and y is not None and torch.equal(x, y) for x, y in pairs)
 
     return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from cromss_dist.config import LossConfig
-from cromss_dist.losses import Counts, CromssLoss, LossOutput
-from cromss_dist.schema import CLASS_NAMES, NUM_CLASSES
+from cromss_dist.losses import CromssLoss
+from cromss_dist.pretrain.loss import BranchLoss
+from cromss_dist.schema import CLASS_NAMES, NUM_CLASSES, Example
 from cromss_dist.train.figures.meter import PAUSES, STEP_PHASES, Meter, Phase
+from cromss_dist.train.step.accumulation import StepLoss
 from cromss_dist.world import World
 from tests.ranks import run_ranks
 
@@ -31,11 +33,16 @@ class Clock:
             self.now += seconds
 
 
-def output(total: float, sums: torch.Tensor | None = None) -> LossOutput:
+def output(total: float, counts: tuple[float, float] = (0, 0)) -> StepLoss:
     """A loss of two parts; counts of no pixel unless given."""
-    counts = Counts(torch.zeros(5 * NUM_CLASSES + 2, dtype=torch.float64) if sums is None else sums)
-    parts = {"ce_s1": torch.tensor(total / 2), "kept_s1": torch.tensor(0.125)}
-    return LossOutput(torch.tensor(total), parts, torch.empty(0), torch.empty(0), counts)
+    parts = {"ce_s1": torch.tensor(total / 2), "reliability_s1/water": torch.tensor(total / 4)}
+    return StepLoss(torch.tensor(total), parts, torch.tensor(counts, dtype=torch.float64))
+
+
+def figures(counts: Tensor) -> dict[str, float]:
+    """Of `output`'s counts."""
+    part, whole = counts.tolist()
+    return {"train/share": part / whole} if whole else {}
 
 
 def read(meter: Meter, world: World = ALONE) -> dict[str, float]:
@@ -43,7 +50,7 @@ def read(meter: Meter, world: World = ALONE) -> dict[str, float]:
 
 
 def test_losses_are_means_over_all_that_was_added() -> None:
-    meter = Meter(CPU, global_batch=4)
+    meter = Meter(CPU, 4, figures)
     meter.add(output(1.0))
     meter.add(output(2.0))
     meter.step_done(3.0)
@@ -53,12 +60,12 @@ def test_losses_are_means_over_all_that_was_added() -> None:
     assert values["train/loss/total"] == pytest.approx(3.0)
     assert values["train/loss/ce_s1"] == pytest.approx(1.5)
     assert values["train/grad_norm"] == pytest.approx(4.0)
-    assert "train/loss/kept_s1" not in values
+    assert values["train/reliability_s1/water"] == pytest.approx(0.75)
 
 
 def test_a_skipped_step_has_a_part_in_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    meter = Meter(CPU, global_batch=4)
+    meter = Meter(CPU, 4, figures)
     for total, norm, applied in ((1.0, 2.0, True), (float("nan"), float("nan"), False), (3.0, 4.0, True)):
         meter.add(output(total))
         clock.spend(meter, "forward", 0.5)
@@ -70,7 +77,7 @@ def test_a_skipped_step_has_a_part_in_time_alone(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_interval_of_skipped_steps_has_no_loss() -> None:
-    meter = Meter(CPU, global_batch=4)
+    meter = Meter(CPU, 4, figures)
     meter.add(output(float("nan")))
     meter.step_done(float("inf"), applied=False)
     values = read(meter)
@@ -79,7 +86,7 @@ def test_an_interval_of_skipped_steps_has_no_loss() -> None:
 
 
 def test_a_reading_starts_over() -> None:
-    meter = Meter(CPU, global_batch=4)
+    meter = Meter(CPU, 4, figures)
     meter.add(output(5.0))
     meter.step_done(1.0)
     read(meter)
@@ -92,16 +99,16 @@ def test_a_reading_starts_over() -> None:
 
 def test_selection_and_agreement_are_those_of_the_pixels() -> None:
     torch.manual_seed(0)
-    meter = Meter(CPU, global_batch=2)
-    loss = CromssLoss(LossConfig(ramp="none", prior="none"))
+    loss = BranchLoss(CromssLoss(LossConfig(ramp="none", prior="none")))
+    meter = Meter(CPU, 2, loss.figures)
     weights, labels, same = [], [], []
     for _ in range(2):
-        logits = torch.randn(2, 2, NUM_CLASSES, 8, 8)
+        logits = torch.randn(2, 2, NUM_CLASSES, 8, 8).unbind()
         label = torch.randint(3, NUM_CLASSES, (2, 8, 8))  # classes 0 to 2 are missing
         label[0, 0] = 255
-        out = loss(logits[0], logits[1], label, None, 200.0)
-        meter.add(out)
-        weights.append(out.selection_s1)
+        example = Example({}, label, None, None, torch.ones(2))
+        meter.add(loss(logits, example, 200.0))
+        weights.append(loss.selection(logits, example, 200.0)[0])
         labels.append(label)
         same.append(logits[0].argmax(1) == logits[1].argmax(1))
     meter.step_done(None)
@@ -122,7 +129,7 @@ def test_selection_and_agreement_are_those_of_the_pixels() -> None:
 
 def test_seconds_are_those_of_a_step_and_a_pause_is_not_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    meter = Meter(CPU, global_batch=8)
+    meter = Meter(CPU, 8, figures)
     for _ in range(2):
         for _ in range(2):  # micro batches
             clock.spend(meter, "data", 0.25)
@@ -161,7 +168,7 @@ def test_a_gpu_is_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fake = SimpleNamespace(Event=Event, max_memory_allocated=lambda _: 3 * 2**30)
     monkeypatch.setattr(torch, "cuda", fake)
-    meter = Meter(torch.device("cuda"), global_batch=8)
+    meter = Meter(torch.device("cuda"), 8, figures)
     with meter.phase("forward"):
         device_ms[0] += 1500  # while the host goes on at once
     clock.spend(meter, "data", 0.5)
@@ -175,7 +182,7 @@ def test_a_gpu_is_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_others_count_is_handed_on() -> None:
-    meter = Meter(CPU, global_batch=1)
+    meter = Meter(CPU, 1, figures)
     values = meter.read(ALONE, 0.1, 2.0, loss_scale=1024.0, num_replaced=3, counters={"train/skipped_steps": 2.0})
     expected = {"train/lr": 0.1, "train/epoch": 2.0, "train/loss_scale": 1024.0, "data/replaced_samples": 3.0}
     assert expected.items() <= values.items()
@@ -184,7 +191,7 @@ def test_what_others_count_is_handed_on() -> None:
 
 def test_memory_is_that_of_this_process() -> None:
     held = torch.ones(2**26)  # 256 MiB
-    values = read(Meter(CPU, global_batch=1))
+    values = read(Meter(CPU, 1, figures))
     assert held.numel() * 4 / 2**30 < values["perf/memory_gib"] < 64
 
 
@@ -192,11 +199,9 @@ def rank_reads(world: World, folder: Path) -> None:
     """Rank r adds losses r and counts of r + 1 pixels, in phases of r + 1 seconds by a clock of its own."""
     patch = pytest.MonkeyPatch()
     clock = Clock(patch)
-    meter = Meter(world.device, global_batch=6)
-    sums = torch.zeros(5 * NUM_CLASSES + 2, dtype=torch.float64)
+    meter = Meter(world.device, 6, figures)
     number = world.rank + 1
-    sums[-2:] = torch.tensor([world.rank, number])
-    meter.add(output(float(world.rank), sums))
+    meter.add(output(float(world.rank), (world.rank, number)))
     clock.spend(meter, "data", float(number))
     meter.step_done(2.0)
     collectives = []
@@ -211,7 +216,7 @@ def rank_reads(world: World, folder: Path) -> None:
     patch.undo()
     assert len(collectives) == 1
     assert values["train/loss/total"] == pytest.approx(0.5)
-    assert values["train/agreement"] == pytest.approx(1 / 3)  # and not the mean of 0 and 1/2
+    assert values["train/share"] == pytest.approx(1 / 3)  # and not the mean of 0 and 1/2
     assert values["perf/data_wait_s"] == pytest.approx(1.5)
     assert values["perf/samples_per_s"] == pytest.approx(4.0)
     assert values["data/replaced_samples"] == 3

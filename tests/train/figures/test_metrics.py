@@ -9,7 +9,8 @@ from sklearn.metrics import accuracy_score, jaccard_score  # type: ignore[import
 from torch import Tensor
 
 from cromss_dist.schema import CLASS_NAMES, IGNORE
-from cromss_dist.train.figures.metrics import ConfusionMatrix, Scores
+from cromss_dist.train.figures.metrics import ConfusionMatrix
+from cromss_dist.train.figures.scores import Scores
 
 
 def scores_of(*batches: tuple[Tensor, Tensor, Tensor]) -> Scores:

@@ -19,7 +19,7 @@ UNTRACED = SKIPPED_STEPS + 1
 
 def run(profile: Profile, num_steps: int) -> None:
     """Steps of one matrix product each, in a phase of the meter."""
-    meter, square = Meter(torch.device("cpu"), global_batch=1), torch.ones(64, 64)
+    meter, square = Meter(torch.device("cpu"), 1, lambda _: {}), torch.ones(64, 64)
     with profile:
         for _ in range(num_steps):
             with meter.phase("forward"):

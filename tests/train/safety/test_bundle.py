@@ -62,7 +62,7 @@ def test_the_samples_of_a_step_are_those_of_all_ranks_rank_by_rank(
             ids += request.sample_ids.tolist()
             seasons += request.seasons.tolist()
             epochs += request.epochs.tolist()
-    found = Samples.of(data, plan, samples)
+    found = Samples.of(data.train_plan, plan, samples)
     assert (found.sample_ids, found.seasons, found.epochs) == (tuple(ids), tuple(seasons), tuple(epochs))
     assert found.keys == tuple(data.dataset.locations[i] for i in ids)
     assert found.weights == (1.0,) * 8

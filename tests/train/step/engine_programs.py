@@ -81,7 +81,7 @@ def build(world: World, model: nn.Module | None = None, **switches: Any) -> Engi
     return Engine(model or Normed(), config, TRAIN, plan_batches(config, world.size), world)
 
 
-def cross_entropy(logits: tuple[Tensor, Tensor], label: Tensor) -> Tensor:
+def cross_entropy(logits: tuple[Tensor, ...], label: Tensor) -> Tensor:
     """A loss that is a mean over samples, so that a mean over ranks is that of the whole batch."""
     return F.cross_entropy(logits[0].float(), label) + F.cross_entropy(logits[1].float(), label)
 
@@ -112,7 +112,8 @@ def cromss_steps(world: World, folder: Path, zero_stage: int, accumulation: int,
     for step, batch in enumerate(batches()):
         engine.lr = rate(step)
         for s1, s2, label in zip(*(part.chunk(accumulation) for part in share_of(batch, world)), strict=True):
-            out = loss(*engine.forward(s1, s2), label, None, progress=60.0)
+            logits_s1, logits_s2 = engine.forward(s1, s2)
+            out = loss(logits_s1, logits_s2, label, None, progress=60.0)
             engine.backward(out.total)
             losses.append(float(out.total.detach()))
         result = engine.step()

@@ -50,6 +50,15 @@ def test_warmup_rises_in_a_line_and_cosine_falls_to_the_floor() -> None:
     assert all(a >= b for a, b in itertools.pairwise(factors[25:]))
 
 
+def test_a_cosine_that_decays_before_the_end_stays_at_the_floor() -> None:
+    train = TrainConfig(epochs=50, schedule="cosine", lr=5e-4, min_lr=1e-5, decay_epochs=40)
+    time = timeline(epochs=50.0)
+    shorter = TrainConfig(epochs=40, schedule="cosine", lr=5e-4, min_lr=1e-5)
+    for samples in range(0, 4000, 40):
+        assert lr_factor(train, time, samples) == lr_factor(shorter, timeline(epochs=40.0), samples)
+    assert all(5e-4 * lr_factor(train, time, samples) == pytest.approx(1e-5) for samples in range(4000, 5000, 40))
+
+
 def test_plateau_cuts_after_more_than_patience_validations_without_a_better_loss() -> None:
     plateau = Plateau(TrainConfig(plateau_patience=2, plateau_factor=0.5, lr=1.0, min_lr=0.2))
     seen = []

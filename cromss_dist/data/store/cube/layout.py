@@ -20,7 +20,7 @@ import numpy.typing as npt
 import rasterio.crs
 import rasterio.errors
 
-from cromss_dist.data.sample import Json, SampleSpec, Uint8Array
+from cromss_dist.data.sample import MEASURE_ONE, Json, SampleSpec, Uint8Array
 from cromss_dist.data.store.times import NO_TIME, to_seconds
 from cromss_dist.schema import IGNORE
 
@@ -80,7 +80,7 @@ def chunk_name(*index: int) -> str:
 
 
 def fill_value(spec: SampleSpec, name: str) -> int:
-    """What rows without a sample hold: 0 in images, 255 in arrays of values."""
+    """What rows without a sample hold: 0 in images, 255 in arrays of values and measures."""
     return 0 if any(image.name == name for image in spec.images) else IGNORE
 
 
@@ -236,6 +236,10 @@ def _pixel_attributes(spec: SampleSpec, name: str) -> Json:
             contract = spec.normalisation[image.modality]
             about = f"{image.modality}, {contract.units}, scaled to 0-255 by the group's normalisation"
             return attributes | {"long_name": about, "normalisation_digest": contract.digest}
+    for measure in spec.measures:
+        if measure.name == name:  # CF's packed data, which xarray unpacks into floats with NaN
+            packed = {"scale_factor": 1 / MEASURE_ONE, "_FillValue": IGNORE, "units": "1"}
+            return attributes | {"long_name": measure.meaning, **packed}
     values = next(value.values for value in spec.values if value.name == name)
     # No _FillValue: it would have xarray turn the classes into float32.
     meanings = " ".join(["_".join(meaning.split()) for meaning in values] + ["ignored"])

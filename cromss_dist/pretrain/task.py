@@ -1,29 +1,37 @@
-"""What is known about a run before it starts: the same on every rank.
+"""Pretraining as the training loop sees it: what is known about a run before it starts.
 
-Layer 3.
+Layer 4.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from cromss_dist.config import BatchPlan, DataConfig, RunConfig, plan_batches
+from cromss_dist.config import BatchPlan, DataConfig, ReadingConfig, RunConfig, plan_batches
+from cromss_dist.data.loading.augment import train_example
+from cromss_dist.data.loading.plan import TrainPlan
 from cromss_dist.data.loading.run_data import RunData
 from cromss_dist.data.store.dataset import Dataset
 from cromss_dist.errors import BandError, ConfigError
+from cromss_dist.losses import CromssLoss
 from cromss_dist.models.encoder import check_encoder_name
 from cromss_dist.models.two_branch import ParameterCounts, TwoBranchUNet
 from cromss_dist.parse import to_yaml
-from cromss_dist.schema import CLASS_NAMES, MODALITIES, NUM_CLASSES, Modality
+from cromss_dist.pretrain.export import export
+from cromss_dist.pretrain.loss import BranchLoss
+from cromss_dist.pretrain.validation import Validator
+from cromss_dist.schema import CLASS_NAMES, MODALITIES, NUM_CLASSES, Batch, Example, Modality
 from cromss_dist.tracking.registry.entry import check_alias, check_name
-from cromss_dist.train.step.engine import resolve_precision
+from cromss_dist.train.run.folder import RunSummary
+from cromss_dist.train.step.engine import Engine, resolve_precision
 from cromss_dist.train.step.schedule import Timeline
-from cromss_dist.world import choose_device
+from cromss_dist.train.task import Trained
+from cromss_dist.world import World, choose_device
 
 
 @dataclass(frozen=True)
-class Preflight:
-    """What is known about a run before it starts."""
+class Pretraining:
+    """A pretraining run; a `Task`."""
 
     config: RunConfig
     data: RunData
@@ -31,7 +39,7 @@ class Preflight:
     timeline: Timeline
 
     @classmethod
-    def of(cls, config: RunConfig, world_size: int, trains_here: bool = True) -> "Preflight":
+    def of(cls, config: RunConfig, world_size: int, trains_here: bool = True) -> "Pretraining":
         """Opens the datasets, splits them and does the arithmetic; starts nothing.
 
         Args:
@@ -67,6 +75,12 @@ class Preflight:
         data.eval_plan(plan)
         return cls(config, data, plan, Timeline.of(config, data.train_plan(plan).order.epoch_samples))
 
+    @property
+    def datasets(self) -> dict[str, str]:
+        """Location and digest of each."""
+        digests = [source.dataset.digest for source in self.data.train]
+        return dict(zip(self.config.data.weights, digests, strict=True))
+
     def model_name(self, modality: Modality) -> str:
         """Name of an encoder in the registry: `<prefix>-<encoder>-<modality>`."""
         return _model_name(self.config, modality)
@@ -76,6 +90,37 @@ class Preflight:
         torch.manual_seed(self.config.seed)
         data = self.config.data
         return TwoBranchUNet(self.config.model, len(data.s1_bands), len(data.s2_bands))
+
+    @property
+    def reading(self) -> ReadingConfig:
+        """How samples get from files into batches."""
+        return self.config.data.reading
+
+    def train_plan(self, plan: BatchPlan, rank: int = 0) -> TrainPlan:
+        """What a rank trains on, and when."""
+        return self.data.train_plan(plan, rank)
+
+    def example(self, batch: Batch, device: torch.device) -> Example:
+        """What networks and loss see of a training batch."""
+        data = self.config.data
+        return train_example(batch, data, data.s1_bands, data.s2_bands, self.config.loss.prior, self.config.seed, device)
+
+    def loss(self, world: World) -> BranchLoss:
+        """CromSS over the ranks."""
+        reduce_sum = world.reduce_sum if world.size > 1 else None
+        return BranchLoss(CromssLoss(self.config.loss, reduce_sum=reduce_sum, world_size=world.size))
+
+    def validator(self, world: World, engine: Engine) -> Validator:
+        """What scores both branches on the held-out locations."""
+        return Validator(self.config, self.data, self.plan, world, engine, self.loss(world))
+
+    def finish(self, trained: Trained) -> RunSummary | None:
+        """Writes weights, encoder packages and the summary, and has the encoders registered."""
+        trained.beat("exporting the encoders")
+        weights = trained.engine.state_dict()
+        if trained.record is None:
+            return None
+        return export(weights, self.config, self.data, self.model_name, trained, trained.record)
 
     def parameter_counts(self) -> ParameterCounts:
         """Sizes of the networks."""
@@ -123,8 +168,7 @@ def _named(data: DataConfig) -> str:
 
 def _check_data(data: DataConfig, dataset: Dataset) -> None:
     """Whether the datasets have the bands, seasons and classes that the run needs."""
-    wanted: dict[Modality, tuple[str, ...]] = {"s1": data.s1_bands, "s2": data.s2_bands}
-    for modality, bands in wanted.items():
+    for modality, bands in data.bands.items():
         found = [band for spec in dataset.images if spec.modality == modality for band in spec.bands]
         if missing := [band for band in bands if band not in found]:
             raise BandError(

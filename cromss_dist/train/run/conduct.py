@@ -1,28 +1,26 @@
-"""Pretraining: the composition root that every rank runs, whoever started it.
+"""Conducts a run on this rank, whatever its task: joins the others, goes on from a checkpoint, trains, ends well or says why not.
 
-Layer 4.
+Layer 3. A task's composition root gives it the task; every rank calls it, whoever started it.
 """
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import torch
 from rich.console import Console
 
-from cromss_dist.config import RunConfig
+from cromss_dist.config import BaseRunConfig
 from cromss_dist.errors import ConfigError, PackageError, RegistryError
-from cromss_dist.export import export
-from cromss_dist.losses import CromssLoss
-from cromss_dist.parse import CONFIG_FILE, ParsedRun
+from cromss_dist.parse import CONFIG_FILE, Config, ParsedRun
 from cromss_dist.tracking.revision import git_revision
 from cromss_dist.tracking.run.spool import tell
 from cromss_dist.train.checkpoint.store import Checkpoints
 from cromss_dist.train.figures.profile import Profile
-from cromss_dist.train.loop import Pretraining, Safeguards
-from cromss_dist.train.preflight import Preflight
+from cromss_dist.train.loop import Safeguards, Training
 from cromss_dist.train.run.continuation import changes_of
 from cromss_dist.train.run.folder import RunSummary, mark_as_begun, new_run_dir, read_summary, working_in
 from cromss_dist.train.run.record import Record
@@ -30,16 +28,30 @@ from cromss_dist.train.run.watch import watching
 from cromss_dist.train.safety.hang import HangWatch
 from cromss_dist.train.safety.stop import StopRequest
 from cromss_dist.train.step.engine import Engine
+from cromss_dist.train.task import Task
 from cromss_dist.world import World, device_name, join
 
 CHECKPOINTS = "checkpoints"
 
 
-def pretrain(config: RunConfig, run_dir: Path, profile: bool = False) -> RunSummary | None:
-    """Runs this rank's part of a pretraining, from the newest checkpoint in its folder if there is one; a collective call.
+class Recorded(Protocol):
+    """What a record tells of a run from its start."""
+
+    @property
+    def config(self) -> BaseRunConfig:
+        """The whole run."""
+
+    @property
+    def datasets(self) -> Mapping[str, str]:
+        """Location and digest of each dataset that is learnt from."""
+
+
+def conduct(config: Config, task_of: Callable[[Config, int], Task], run_dir: Path, profile: bool = False) -> RunSummary | None:
+    """Runs this rank's part of a run, from the newest checkpoint in its folder if there is one; a collective call.
 
     Args:
         config: The whole run, equal on all ranks.
+        task_of: Opens what the config names, for a number of ranks; starts nothing.
         run_dir: Folder of the run, seen by all ranks.
         profile: Whether a few steps are traced.
 
@@ -58,12 +70,12 @@ def pretrain(config: RunConfig, run_dir: Path, profile: bool = False) -> RunSumm
         Checkpoints(run_dir / CHECKPOINTS, world, checkpoint.keep, checkpoint.on_failure) as checkpoints,
     ):
         hang.beat("opening the data")
-        preflight = Preflight.of(config, world.size)
+        task = task_of(config, world.size)
         hang.beat("verifying checkpoints")
         saved = checkpoints.newest()
         changes = changes_of(saved.state["config"], config) if saved else []
         summary = read_summary(run_dir) if world.is_main else None
-        if world.broadcast_json(summary is not None and summary.samples >= preflight.timeline.total_samples):
+        if world.broadcast_json(summary is not None and summary.samples >= task.timeline.total_samples):
             if world.is_main:
                 tell(
                     run_dir,
@@ -73,31 +85,39 @@ def pretrain(config: RunConfig, run_dir: Path, profile: bool = False) -> RunSumm
         if world.is_main:
             mark_as_begun(run_dir, config)  # not before: checkpoints of another config refuse this one
         hang.beat("building the networks")
-        model = preflight.build_model()
-        engine = Engine(model, config.engine, config.train, preflight.plan, world)
+        engine = Engine(task.build_model(), config.engine, config.train, task.plan, world)
         try:
-            loss = CromssLoss(config.loss, reduce_sum=world.reduce_sum if world.size > 1 else None, world_size=world.size)
-            with _recording(preflight, world, engine, run_dir, saved.step if saved else 0) as record:
+            with recording(task, world, engine.precision, run_dir, saved.step if saved else 0) as record:
+                if record:
+                    record.event("start", total_samples=task.timeline.total_samples)
                 safeguards = Safeguards(checkpoints, stop, hang)
-                trainer = Pretraining(
-                    preflight, world, engine, loss, safeguards, Profile(run_dir if profile else None, world.rank), record
-                )
+                tracer = Profile(run_dir if profile else None, world.rank)
+                training = Training(task, world, engine, safeguards, tracer, record)
                 if saved:
-                    trainer.resume(saved)
+                    training.resume(saved)
                     if record:
-                        record.resumed(saved.step, trainer.samples, str(saved.folder), changes)
-                trainer.run()
-                hang.beat("exporting the encoders")
-                weights = engine.state_dict()
-                if record is None:
-                    return None
-                return export(weights, model, preflight, trainer, run_dir, record)
+                        record.resumed(saved.step, training.samples, str(saved.folder), changes)
+                training.run()
+                return task.finish(training.trained)
         finally:
             engine.close()
 
 
-def run_in_process(parsed: ParsedRun, console: Console) -> RunSummary:
-    """Runs a pretraining with this process as its only worker, and shows its progress.
+def conduct_here(
+    parsed: ParsedRun[Config],
+    check: Callable[[Config, int], object],
+    run: Callable[[Config, Path, bool], RunSummary | None],
+    prog: str,
+    console: Console,
+) -> RunSummary:
+    """Runs with this process as the only worker, and shows the progress.
+
+    Args:
+        parsed: The command line.
+        check: Finds out, for a number of ranks, what the run would fail at, before it has a folder.
+        run: What a rank does, in the run's folder; the last argument is whether a few steps are traced.
+        prog: What `--resume` is an argument of: `cromss pretrain`.
+        console: Where progress goes.
 
     Raises:
         ConfigError: more workers are asked for, by the config or by a launcher that started several processes.
@@ -110,10 +130,10 @@ def run_in_process(parsed: ParsedRun, console: Console) -> RunSummary:
             "set launch.workers to 1 and unset WORLD_SIZE, or start the run with launch/pretrain.py."
         )
     config = config.with_absolute_paths()
-    Preflight.of(config, world_size=1)
+    check(config, 1)
     run_dir = parsed.resume or new_run_dir(config)
-    with working_in(run_dir, "cromss pretrain", parsed.fresh), watching(run_dir, console):
-        summary = pretrain(config, run_dir, parsed.profile)
+    with working_in(run_dir, prog, parsed.fresh), watching(run_dir, console):
+        summary = run(config, run_dir, parsed.profile)
     assert summary is not None, "a run of one process is rank 0"
     return summary
 
@@ -140,7 +160,7 @@ def report(summary: RunSummary, console: Console) -> None:
 
 
 @contextmanager
-def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path, step: int) -> Iterator[Record | None]:
+def recording(task: Recorded, world: World, precision: str, run_dir: Path, step: int) -> Iterator[Record | None]:
     """On rank 0 the record of a run that goes on after a step; it ends with the block.
 
     No rank goes on before there is one, so that every error of theirs is of a run that is recorded.
@@ -149,32 +169,28 @@ def _recording(preflight: Preflight, world: World, engine: Engine, run_dir: Path
         world.barrier()
         yield None
         return
-    config = preflight.config
+    config = task.config
     tags = {
         "config_digest": config.digest,
         "git_revision": git_revision(),
         "run_dir": str(run_dir),
         "world_size": str(world.size),
         "device": device_name(world.device),
-        "precision": engine.precision,
+        "precision": precision,
     }
     with Record(run_dir, config.tracking_uri) as record:
         record.begin(run_dir.name, config.tracking.experiment, tags, step)
-        record_config(record, config, [source.dataset.digest for source in preflight.data.train])
+        record_task(record, task)
         record.tell(f"run folder {run_dir}")
-        record.tell(f"{world.size} x {world.device.type}, {engine.precision}, run {record.run_id}")
-        record.event("start", total_samples=preflight.timeline.total_samples)
+        record.tell(f"{world.size} x {world.device.type}, {precision}, run {record.run_id}")
         world.barrier()
         yield record
 
 
-def record_config(record: Record, config: RunConfig, digests: Sequence[str]) -> None:
-    """Records the config, whose file is in the run's folder, and the datasets, of the digests given."""
-    params = config.to_dict()
-    if isinstance(config.data.shards, dict):  # MLflow takes few signs in the name of a parameter, and a place may have any
-        params["data"]["shards"] = list(config.data.shards.items())
-    record.params(params)
+def record_task(record: Record, task: Recorded) -> None:
+    """Records the config, whose file is in the run's folder, and the datasets."""
+    record.params(task.config.params())
     record.artifact(CONFIG_FILE)
-    names = [PurePosixPath(location).name for location in config.data.weights]
-    for number, (name, location, digest) in enumerate(zip(names, config.data.weights, digests, strict=True)):
+    names = [PurePosixPath(location).name for location in task.datasets]
+    for number, (name, (location, digest)) in enumerate(zip(names, task.datasets.items(), strict=True)):
         record.dataset(name if names.count(name) == 1 else f"{name}-{number}", digest, location)

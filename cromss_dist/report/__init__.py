@@ -1,0 +1,1 @@
+"""What runs did, on one page that needs nothing but itself: `cromss report`."""
