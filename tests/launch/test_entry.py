@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cromss_dist.config import RunConfig
 from cromss_dist.errors import ClusterError, ConfigError
 from cromss_dist.parse import ParsedRun, parse_run
 from launch import pretrain
@@ -95,7 +96,7 @@ def test_flags_that_a_kind_does_not_have_are_refused(entry: Entry) -> None:
 
 
 def test_without_ray_the_run_is_in_this_process(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[ParsedRun] = []
+    ran: list[ParsedRun[RunConfig]] = []
     monkeypatch.setattr(pretrain, "run_in_process", lambda run, _: ran.append(run))
     monkeypatch.setattr(pretrain, "report", lambda *_: None)
     assert entry("here", "--launch.ray=false") == 0

@@ -127,7 +127,7 @@ def test_a_dashboard_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def sent(synthetic_shards: Path, tmp_path: Path) -> tuple[Job, Path, ParsedRun]:
+def sent(synthetic_shards: Path, tmp_path: Path) -> tuple[Job, Path, ParsedRun[RunConfig]]:
     """A job, the folder of its files, and what was sent."""
     arguments = [f"--output={tmp_path}/runs", f"--data.shards={synthetic_shards}", "--data.crop_px=32", "--engine.global_batch=4"]
     run = parse_run([*arguments, "--cluster.kind=ray", "--cluster.ray.address=http://h:1"], clusters=True)
@@ -138,7 +138,7 @@ def sent(synthetic_shards: Path, tmp_path: Path) -> tuple[Job, Path, ParsedRun]:
     return job, folder, run
 
 
-def test_the_first_try_makes_the_run_folder_and_the_next_goes_on_in_it(sent: tuple[Job, Path, ParsedRun]) -> None:
+def test_the_first_try_makes_the_run_folder_and_the_next_goes_on_in_it(sent: tuple[Job, Path, ParsedRun[RunConfig]]) -> None:
     job, folder, run = sent
     assert Job.read(folder) == job
     told = job.prepare(folder)
@@ -149,7 +149,7 @@ def test_the_first_try_makes_the_run_folder_and_the_next_goes_on_in_it(sent: tup
     assert parse_run([f"--config={job.run_dir}/config.yaml"]).config == run.config
 
 
-def test_a_job_starts_a_run_over_once(sent: tuple[Job, Path, ParsedRun]) -> None:
+def test_a_job_starts_a_run_over_once(sent: tuple[Job, Path, ParsedRun[RunConfig]]) -> None:
     job, folder, run = sent
     job.prepare(folder)
     again = Job.of(replace(run, resume=Path(job.run_dir), fresh=True), "launch")
@@ -161,7 +161,7 @@ def test_a_job_starts_a_run_over_once(sent: tuple[Job, Path, ParsedRun]) -> None
     assert not (Path(job.run_dir) / "before-2").exists()
 
 
-def test_bad_data_and_a_folder_that_is_none_leave_nothing(sent: tuple[Job, Path, ParsedRun]) -> None:
+def test_bad_data_and_a_folder_that_is_none_leave_nothing(sent: tuple[Job, Path, ParsedRun[RunConfig]]) -> None:
     job, folder, _ = sent
     with pytest.raises(ConfigError, match="is no folder of a run, as the cluster sees it"):
         replace(job, resume=True).prepare(folder)
