@@ -1,4 +1,4 @@
-"""Many transfer runs in parallel: `python launch/transfer.py --config configs/transfer/sweep.yaml [--cluster FILE]`.
+"""Many transfer runs in parallel: `python launch/transfer.py --config configs/sweep.yaml [--cluster FILE]`.
 
 Layer 5. Each run is a task of Ray, in a process of its own with its own cores and GPUs; `--workers 0` does without Ray and runs
 one after another in this process, with the same numbers.

@@ -71,13 +71,12 @@ def written_out(arguments: Sequence[str]) -> list[str]:
 
 
 def _config_of(task: str) -> Path:
-    path = TASKS / f"{task}.yaml"
-    if path.is_file():
-        return path
-    known = ", ".join(sorted(found.stem for found in TASKS.glob("*.yaml"))) or "none"
+    known = {path.stem: path for path in TASKS.glob("*.yaml")}
+    if task in known:
+        return known[task]
     raise ConfigError(
-        f"--task {task} names no config: {path} is not there (in {TASKS}: {known}). Give one of these, or your own file with "
-        "--config FILE."
+        f"--task {task} names no config: {TASKS / f'{task}.yaml'} is not there (in {TASKS}: {', '.join(sorted(known)) or 'none'}). "
+        "Give one of these, or your own file with --config FILE."
     )
 
 

@@ -36,6 +36,9 @@ def test_the_short_form_becomes_the_configs_keys(tasks: Path, encoder_package: P
 def test_what_the_short_form_cannot_say_is_refused(tasks: Path, encoder_package: Path) -> None:
     with pytest.raises(ConfigError, match=r"--task other names no config.*\(in configs/transfer: mine\)"):
         written_out(["--task", "other"])
+    (tasks.parents[1] / "sweep.yaml").touch()
+    with pytest.raises(ConfigError, match=r"--task \.\./sweep names no config"):
+        written_out(["--task", "../sweep"])
     with pytest.raises(ConfigError, match="are both for s2; give one encoder a modality"):
         written_out(["--encoder", str(encoder_package), "--encoder", str(encoder_package)])
 

@@ -137,7 +137,7 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, keys: dict[str, Any], messa
 
 def test_the_shipped_sweep_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_module, "pin_encoders", lambda config: config)
-    path = ROOT / "configs" / "transfer" / "sweep.yaml"
+    path = ROOT / "configs" / "sweep.yaml"
     cells = cells_of(parse_run_of(SweepConfig, [f"--config={path}"]).config)
     assert len(cells) == 2 * 2 * (1 + 3)
     assert {c.config.decoder for c in cells} == {"deeplabv3plus"}
