@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cromss_dist.config import ModelConfig
-from cromss_dist.data.loading.augment import Geometry, prepare
+from cromss_dist.data.loading.augment import crop_to_patch, prepare, whole_geometry
 from cromss_dist.data.sample import SampleSpec, Uint8Array
 from cromss_dist.errors import BandError, CheckpointError, ConfigError
 from cromss_dist.models.two_branch import TwoBranchUNet
@@ -136,9 +135,8 @@ class Segmenter:
         side = 2**self.model.encoder_depth
         with torch.inference_mode(), _one_thread():
             images = images_of(spec, arrays, self.bands, side, self.device)
-            start, end = -spec.patch_px % side // 2, -spec.patch_px % side // 2 + spec.patch_px
             logits = network(*(images[modality].contiguous(memory_format=torch.channels_last) for modality in MODALITIES))
-            return torch.stack([branch[..., start:end, start:end].float().softmax(1) for branch in logits])
+            return torch.stack([crop_to_patch(branch, spec.patch_px).float().softmax(1) for branch in logits])
 
 
 def images_of(
@@ -146,11 +144,9 @@ def images_of(
 ) -> dict[Modality, Tensor]:
     """Whole patches of all seasons, as a network sees them: float32 (S, bands, h, w) in [0, 1] of each modality.
 
-    In the middle of the next `multiple` px; around it stand the patch's own pixels, reflected at the outermost ones.
+    Padded to the next `multiple` px, see `whole_geometry`.
     """
-    padding = -spec.patch_px % multiple
-    line = torch.from_numpy(np.pad(np.arange(spec.patch_px), (padding // 2, padding - padding // 2), mode="reflect"))
-    lines, zeros = line.expand(spec.num_seasons, -1), torch.zeros(spec.num_seasons, dtype=torch.int64)
+    zeros = torch.zeros(spec.num_seasons, dtype=torch.int64)
     batch = Batch(
         keys=("",) * spec.num_seasons,
         sample_ids=zeros,
@@ -162,7 +158,7 @@ def images_of(
         labels=torch.from_numpy(arrays[LABEL_ARRAY])[:, None],
         reference=None,
     )
-    geometry = Geometry(lines, lines, zeros.double())
+    geometry = whole_geometry(spec.num_seasons, spec.patch_px, multiple)
     return prepare(batch, geometry, bands.get("s1", ()), bands.get("s2", ()), "none", device).images
 
 

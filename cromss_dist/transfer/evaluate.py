@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from cromss_dist.config import BatchPlan, ReadingConfig
-from cromss_dist.data.loading.augment import Geometry, prepare
+from cromss_dist.data.loading.augment import crop_to_patch, prepare, whole_geometry
 from cromss_dist.data.loading.loader import EvalLoader
 from cromss_dist.data.loading.plan import EvalPlan
 from cromss_dist.data.loading.selection import Selection, select
@@ -77,14 +77,12 @@ class ScoredTiles:
 
     def example(self, batch: Batch, device: torch.device) -> Example:
         """Whole tiles, padded by reflection; labels too, so that `crop` brings all back."""
-        geometry = padded_geometry(len(batch.keys), self.dataset.patch_px, self.multiple)
+        geometry = whole_geometry(len(batch.keys), self.dataset.patch_px, self.multiple)
         return prepare(batch, geometry, self.bands.get("s1", ()), self.bands.get("s2", ()), "none", device)
 
     def crop(self, values: Tensor) -> Tensor:
         """(..., padded, padded) to (..., patch_px, patch_px)."""
-        side = self.dataset.patch_px
-        start = (values.shape[-1] - side) // 2
-        return values[..., start : start + side, start : start + side]
+        return crop_to_patch(values, self.dataset.patch_px)
 
 
 def select_tiles(dataset: Dataset, seasons: Sequence[int] | None, protocol: TransferProtocol, task: str) -> Selection:
@@ -116,15 +114,6 @@ def select_tiles(dataset: Dataset, seasons: Sequence[int] | None, protocol: Tran
             "default."
         )
     return available.take(np.sort(np.array(kept, np.int64)))
-
-
-def padded_geometry(batch_size: int, patch_px: int, multiple: int) -> Geometry:
-    """The whole patch, in the middle of the next multiple; around it its own pixels, reflected at the outermost ones."""
-    padding = -patch_px % multiple
-    before = padding // 2
-    line = np.pad(np.arange(patch_px), (before, padding - before), mode="reflect")
-    lines = torch.from_numpy(line).expand(batch_size, -1)
-    return Geometry(lines, lines, torch.zeros(batch_size, dtype=torch.float64))
 
 
 class Scored(Protocol):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cromss_dist.data.loading.augment import padding_before
 from cromss_dist.data.loading.loader import EvalLoader
 from cromss_dist.schema import IGNORE, Batch, Example
 from cromss_dist.transfer.evaluate import ScoredTiles, evaluate
@@ -160,7 +161,7 @@ class ScoredGrid(ScoredTiles):
         """int64 (at most GRID,): rows, and likewise columns, of the padded tiles."""
         side = self.dataset.patch_px
         places = (np.arange(min(GRID, side)) + 0.5) * side / min(GRID, side)
-        return torch.from_numpy(places.astype(np.int64) + (-side % self.multiple) // 2)
+        return torch.from_numpy(places.astype(np.int64) + padding_before(side, self.multiple))
 
     def example(self, batch: Batch, device: torch.device) -> Example:
         """As that of whole tiles; all other pixels are ignored."""
@@ -225,16 +226,16 @@ def look(task: Transfer, world: World, tell: Callable[[str], None]) -> Look:
 def _features(encoders: FrozenEncoders, pixels: Pixels, tiles: ScoredTiles, task: Transfer, world: World) -> Tensor:
     """The features of the pixels, float32 (P, D) on the host."""
     features = torch.empty(len(pixels.ids), sum(encoders.widths))
-    side = tiles.dataset.patch_px
-    padding = -side % tiles.multiple
-    rows, cols = (torch.from_numpy(places + padding // 2) for places in (pixels.rows, pixels.cols))
+    before = padding_before(tiles.dataset.patch_px, tiles.multiple)
+    rows, cols = (torch.from_numpy(places + before) for places in (pixels.rows, pixels.cols))
     with _loader(tiles, task, world) as loader:
         for batch in loader:
-            stages: Sequence[Tensor] = encoders(*tiles.example(batch, world.device).images.values())
+            images = tuple(tiles.example(batch, world.device).images.values())
+            stages: Sequence[Tensor] = encoders(*images)
             for i, (sample_id, season) in enumerate(zip(batch.sample_ids.tolist(), batch.seasons.tolist(), strict=True)):
                 here = torch.from_numpy((pixels.ids == sample_id) & (pixels.seasons == season))
                 at = (rows[here].to(world.device), cols[here].to(world.device))
-                features[here] = features_at([stage[i : i + 1] for stage in stages], *at, side + padding)[0].cpu()
+                features[here] = features_at([stage[i : i + 1] for stage in stages], *at, images[0].shape[-1])[0].cpu()
     return features
 
 

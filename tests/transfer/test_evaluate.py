@@ -17,7 +17,7 @@ from cromss_dist.errors import ConfigError
 from cromss_dist.schema import CLASS_NAMES, LABEL_ARRAY
 from cromss_dist.train.figures.scores import Scores
 from cromss_dist.transfer import evaluate as module
-from cromss_dist.transfer.evaluate import ScoredTiles, evaluate, padded_geometry, select_tiles
+from cromss_dist.transfer.evaluate import ScoredTiles, evaluate, select_tiles
 from cromss_dist.transfer.panels import class_palette, draw_tiles
 from cromss_dist.transfer.results import Tiles
 from cromss_dist.world import World
@@ -101,13 +101,6 @@ def test_ranks_score_each_tile_once_between_them(tiles: ScoredTiles) -> None:
     ]
     assert np.array_equal(sum(part.confusion for part in parts), whole.confusion)
     assert Tiles(whole.keys, whole.confusion).total == whole.total
-
-
-def test_padding_reflects_at_the_outermost_pixels() -> None:
-    geometry = padded_geometry(2, 6, 8)
-    assert geometry.rows.tolist() == [[1, 0, 1, 2, 3, 4, 5, 4]] * 2
-    assert padded_geometry(1, 6, 6).cols.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert padded_geometry(1, 3, 16).rows.shape == (1, 16)  # wider than the patch: reflected again
 
 
 class Numbered(FakeDataset):

@@ -79,6 +79,28 @@ def eval_geometry(batch_size: int, patch_px: int, crop_px: int) -> Geometry:
     return Geometry(line, line, torch.zeros(batch_size, dtype=torch.float64))
 
 
+def whole_geometry(batch_size: int, patch_px: int, multiple: int) -> Geometry:
+    """The whole patch, in the middle of the next multiple; around it its own pixels, reflected at the outermost ones.
+
+    `padding_before` says where it begins in the result, and `crop_to_patch` takes it out again.
+    """
+    before = padding_before(patch_px, multiple)
+    line = np.pad(np.arange(patch_px), (before, -patch_px % multiple - before), mode="reflect")
+    lines = torch.from_numpy(line).expand(batch_size, -1)
+    return Geometry(lines, lines, torch.zeros(batch_size, dtype=torch.float64))
+
+
+def padding_before(patch_px: int, multiple: int) -> int:
+    """Rows above a patch in `whole_geometry`, and columns left of it; below and right of it there may be one more."""
+    return (-patch_px % multiple) // 2
+
+
+def crop_to_patch(values: Tensor, patch_px: int) -> Tensor:
+    """(..., h, w) of `whole_geometry`, logits or labels or images, to (..., patch_px, patch_px)."""
+    start = (values.shape[-1] - patch_px) // 2
+    return values[..., start : start + patch_px, start : start + patch_px]
+
+
 def train_example(
     batch: Batch,
     view: ViewConfig,

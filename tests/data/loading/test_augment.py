@@ -9,7 +9,17 @@ from PIL import Image
 from torch import Tensor
 
 from cromss_dist.data.archives.open import open_archive
-from cromss_dist.data.loading.augment import Geometry, PriorKind, bicubic_matrix, eval_geometry, prepare, train_geometry
+from cromss_dist.data.loading.augment import (
+    Geometry,
+    PriorKind,
+    bicubic_matrix,
+    crop_to_patch,
+    eval_geometry,
+    padding_before,
+    prepare,
+    train_geometry,
+    whole_geometry,
+)
 from cromss_dist.data.loading.draws import Draws
 from cromss_dist.errors import ConfigError
 from cromss_dist.schema import IMAGE_ARRAYS, S1_BANDS, S2_9, S2_BANDS, Batch, Example
@@ -193,6 +203,15 @@ def test_bands_come_by_name_in_the_order_asked_for() -> None:
 
 def test_the_evaluation_crop_is_central() -> None:
     assert eval_geometry(1, 264, 256).rows[0, [0, -1]].tolist() == [4, 259]
+
+
+def test_whole_patches_are_reflected_at_their_outermost_pixels_and_come_back() -> None:
+    geometry = whole_geometry(2, 6, 9)
+    assert geometry.rows.tolist() == [[1, 0, 1, 2, 3, 4, 5, 4, 3]] * 2
+    assert crop_to_patch(geometry.cols[:1].expand(9, -1), 6)[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert geometry.rows[0, padding_before(6, 9)] == 0
+    assert whole_geometry(1, 6, 6).cols.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert whole_geometry(1, 3, 16).rows.shape == (1, 16)  # wider than the patch: reflected again
 
 
 def test_a_crop_larger_than_the_patch_is_refused() -> None:
