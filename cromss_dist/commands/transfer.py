@@ -74,9 +74,10 @@ def _config_of(task: str) -> Path:
     known = {path.stem: path for path in TASKS.glob("*.yaml")}
     if task in known:
         return known[task]
+    told = ", ".join(sorted(known)) or "none"
     raise ConfigError(
-        f"--task {task} names no config: {TASKS / f'{task}.yaml'} is not there (in {TASKS}: {', '.join(sorted(known)) or 'none'}). "
-        "Give one of these, or your own file with --config FILE."
+        f"--task {task} names no config: {TASKS / task}.yaml is not there (in {TASKS}: {told}). Give one of these, or your own "
+        "file with --config FILE."
     )
 
 

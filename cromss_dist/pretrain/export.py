@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from cromss_dist import __version__
 from cromss_dist.config import RunConfig
 from cromss_dist.data.loading.run_data import RunData
 from cromss_dist.encoders.golden import package_encoder
-from cromss_dist.errors import StorageError
 from cromss_dist.models.encoder import build_encoder, load_strictly, stage_channels
 from cromss_dist.schema import MODALITIES, Modality
 from cromss_dist.tracking.package.card import EncoderCard
 from cromss_dist.tracking.package.folder import check_package
 from cromss_dist.tracking.revision import git_revision
 from cromss_dist.tracking.run.requests import flatten
-from cromss_dist.train.run.folder import WEIGHTS_FILE, RunSummary, write_summary
+from cromss_dist.train.run.folder import RunSummary, write_summary, write_weights
 from cromss_dist.train.run.record import Record
 from cromss_dist.train.task import Trained
 
@@ -54,7 +51,7 @@ def export(
     """
     run_dir = trained.run_dir
     record.event("stage", text="writing encoder packages")
-    _save_weights(weights, run_dir / WEIGHTS_FILE)
+    write_weights(run_dir, weights)
     packages = {m: _write_package(m, weights, config, data, trained, record) for m in MODALITIES}
     if config.tracking.register:
         for modality, folder in packages.items():
@@ -76,13 +73,6 @@ def export(
     )
     write_summary(run_dir, summary)
     return summary
-
-
-def _save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(weights, path)
-    except SafetensorError as error:  # is no OSError, whatever the system said
-        raise StorageError(f"{path} cannot be written: {error}. Check the disk's free space and run it again.") from error
 
 
 def _write_package(

@@ -35,6 +35,7 @@ from cromss_dist.transfer.labels import choose_labels
 from cromss_dist.transfer.network import TransferredEncoder, build_network, check_contract, load_encoders
 from cromss_dist.transfer.pixels import MAX_TILES, PIXELS_PER_CLASS
 from cromss_dist.transfer.results import LabelsUsed, Tiles, TransferResult
+from cromss_dist.transfer.trained import NetworkOfRun, write_network
 from cromss_dist.world import World, choose_device
 
 
@@ -207,13 +208,15 @@ class Transfer:
         return
 
     def finish(self, trained: Trained) -> RunSummary | None:
-        """Scores the test tiles, and leaves `scores.json`, `tiles.npz`, `evidence.json` and a panel; see `deliver`."""
+        """Scores the test tiles, and leaves the network and what `deliver` does: scores, evidence and a panel."""
         trained.engine.average_running_statistics()
         num_panels = self.config.train.panel_samples
         tiles, panels = evaluate(trained.engine, self.test, self.plan, trained.world, self.reading, num_panels, trained.beat)
+        trained.beat("writing network and scores")
+        weights = trained.engine.state_dict()
         if trained.record is None:
             return None
-        trained.beat("writing the scores")
+        write_network(trained.run_dir, weights, NetworkOfRun.of(self.config, self.encoders, self.class_names))
         result = self.result(tiles, trained.run_dir, self.timeline.total_steps, trained.samples)
         return deliver(self.config, result, tiles, panels, trained.samples_per_s, trained.record)
 

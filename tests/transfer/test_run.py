@@ -1,30 +1,33 @@
 """Whole transfer runs on real ranks: what they leave, that they go on to the bit, and what real tiles give."""
 
+import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix  # type: ignore[import-untyped]
 
 from cromss_dist.config.transfer import TransferConfig
 from cromss_dist.data.archives.open import open_archive
 from cromss_dist.data.conversion.convert import convert
 from cromss_dist.data.store.open import open_dataset
+from cromss_dist.errors import CheckpointError
 from cromss_dist.models.downstream import DownstreamNetwork, EncoderSpec
 from cromss_dist.parse import CONFIG_FILE, from_dict, write_yaml
 from cromss_dist.schema import LABEL_ARRAY
 from cromss_dist.tracking.package.evidence import Evidence
 from cromss_dist.tracking.registry.registry import Registry
 from cromss_dist.tracking.run.spool import read_events
-from cromss_dist.train.task import Trained
+from cromss_dist.train.run.folder import WEIGHTS_FILE, write_weights
 from cromss_dist.transfer.network import load_encoders, pin_encoders
 from cromss_dist.transfer.results import SCORES_FILE, TILES_FILE, read_result, read_tiles
 from cromss_dist.transfer.run import transfer
-from cromss_dist.transfer.task import Transfer
+from cromss_dist.transfer.trained import EncoderOfRun, NetworkOfRun, load_transferred
 from cromss_dist.world import World
 from tests.ranks import run_ranks
 from tests.tracking.registry.conftest import NAME, copy_registry
@@ -32,21 +35,12 @@ from tests.transfer.conftest import MakeTransfer, smallest_run
 from tests.whole_runs import mlflow_run
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "dw_real_mini"
-WEIGHTS = "trained.safetensors"
 BANDS = ("B2", "B3", "B4", "B8")  # all of one stored array, at 10 m
+NETWORK = NetworkOfRun({"s2": EncoderOfRun("resnet18", 3, BANDS)}, "light", (8,), tuple("abcdefghi"))
 
 
 def run_rank(world: World, run_dir: Path, config: dict[str, Any]) -> None:
-    """A rank of a run, which also leaves the weights that it ends with."""
-    finish = Transfer.finish
-
-    def keep_and_finish(self: Transfer, trained: Trained) -> Any:
-        weights = trained.engine.state_dict()
-        if world.is_main:
-            save_file(weights, run_dir / WEIGHTS)
-        return finish(self, trained)
-
-    Transfer.finish = keep_and_finish  # type: ignore[method-assign]
+    """A rank of a run."""
     transfer(from_dict(config, TransferConfig), run_dir)
 
 
@@ -88,7 +82,7 @@ def predictions_of(config: TransferConfig, weights: Path) -> tuple[np.ndarray, n
 
 def test_scores_are_those_of_the_trained_network_as_scikit_learn_counts_them(finished: tuple[Path, TransferConfig]) -> None:
     run_dir, config = finished
-    label, prediction = predictions_of(config, run_dir / WEIGHTS)
+    label, prediction = predictions_of(config, run_dir / WEIGHTS_FILE)
     result = read_result(run_dir)
     expected = confusion_matrix(label[label != 255], prediction[label != 255], labels=range(9))
     difference = np.abs(result.matrix - expected)
@@ -101,10 +95,48 @@ def test_scores_are_those_of_the_trained_network_as_scikit_learn_counts_them(fin
 def test_the_frozen_encoder_ends_as_it_began(finished: tuple[Path, TransferConfig]) -> None:
     run_dir, config = finished
     before = load_encoders(config)["s2"].spec.weights
-    after = load_file(run_dir / WEIGHTS)
+    after = load_file(run_dir / WEIGHTS_FILE)
     assert before is not None
     assert all(torch.equal(after[f"encoders.s2.{name}"], value) for name, value in before.items())
     assert any(name.startswith("decoder.") for name in after)
+
+
+def test_what_is_loaded_again_is_the_network_that_was_scored(finished: tuple[Path, TransferConfig], tmp_path: Path) -> None:
+    run_dir = finished[0]
+    copied = tmp_path / "anywhere.safetensors"
+    shutil.copy(run_dir / WEIGHTS_FILE, copied)
+    by_hand = DownstreamNetwork({"s2": EncoderSpec("resnet18", 3, len(BANDS))}, "light", 9, (8,)).eval()
+    by_hand.load_state_dict(load_file(copied))
+    images = torch.rand(2, len(BANDS), 32, 32)
+    for place in (run_dir, copied):
+        loaded = load_transferred(place)
+        assert (loaded.bands, loaded.multiple, loaded.class_names) == ({"s2": BANDS}, 8, read_result(run_dir).class_names)
+        assert not loaded.network.training
+        with torch.no_grad():
+            assert torch.equal(loaded.network(images)[0], by_hand(images)[0])
+
+
+def test_what_is_no_network_of_a_transfer_run_is_refused(finished: tuple[Path, TransferConfig], tmp_path: Path) -> None:
+    weights, told = load_file(finished[0] / WEIGHTS_FILE), json.dumps(asdict(NETWORK))
+    with pytest.raises(CheckpointError, match=r"cannot be read: .* Give the folder of a transfer run"):
+        load_transferred(tmp_path)
+    for network, message in (
+        ("", "is not of a transfer run"),
+        ("[1", "Expecting"),
+        (told.replace('"light"', '"heavy"'), "decoder='heavy' is not allowed"),
+        (told.replace("resnet18", "resnet81"), "'resnet81' is unknown"),
+        (told.replace("[8]", "[16]"), r"is \(8, 64, 1, 1\), expected \(16, 64, 1, 1\)"),
+        (json.dumps(asdict(replace(NETWORK, encoders={}))), "equally many stages"),
+    ):
+        write_weights(tmp_path, weights, network)
+        with pytest.raises(CheckpointError, match=message):
+            load_transferred(tmp_path)
+    write_weights(tmp_path, {name: value for name, value in weights.items() if "head" not in name}, told)
+    with pytest.raises(CheckpointError, match=r"missing .*head"):
+        load_transferred(tmp_path)
+    (tmp_path / WEIGHTS_FILE).write_bytes(b"\x80\x04pickle")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_transferred(tmp_path)
 
 
 def test_figures_files_and_evidence_are_where_others_look(finished: tuple[Path, TransferConfig]) -> None:
@@ -126,10 +158,10 @@ def test_a_run_that_was_cut_ends_to_the_bit_as_if_it_had_not_been(finished: tupl
     shutil.copytree(whole, cut)
     (last,) = (cut / "checkpoints").glob("*6")
     shutil.rmtree(last)
-    for name in ("summary.json", SCORES_FILE, TILES_FILE, WEIGHTS):
+    for name in ("summary.json", SCORES_FILE, TILES_FILE, WEIGHTS_FILE):
         (cut / name).unlink()
     run_to_the_end(config, cut)
-    assert (cut / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert (cut / WEIGHTS_FILE).read_bytes() == (whole / WEIGHTS_FILE).read_bytes()
     assert read_tiles(read_result(cut)).confusion.tolist() == read_tiles(read_result(whole)).confusion.tolist()
 
 
