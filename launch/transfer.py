@@ -62,12 +62,7 @@ def main() -> int:
     failed = run_all(sweep, [cell for cell in cells if cell.state != "done"], console, address, parsed.allow_insecure)
     done = [cell for cell in cells if cell.state == "done"]
     wrong = verdict(len(cells), len(done), failed, stop_requested(Path(sweep.output)))
-    try:
-        show_results(sweep, done)
-    except ResultError as error:  # what failed may be what it lacks
-        if wrong is None:
-            raise
-        _say(console, f"{error}")
+    show_results(sweep, done, console)
     if wrong is not None:
         raise wrong
     return 0
@@ -225,8 +220,12 @@ class Board:
         return self.shares.get(cell.name, 0.0)
 
 
-def show_results(sweep: SweepConfig, done: Sequence[Cell]) -> None:
-    """The table of all runs that are done, and the differences to `against`."""
+def show_results(sweep: SweepConfig, done: Sequence[Cell], console: Console) -> None:
+    """The table of all runs that are done, and the differences to `against`, or why there are none.
+
+    Raises:
+        ResultError: the results of a run are damaged.
+    """
     results = [read_result(cell.run_dir) for cell in done]
     if not results:
         return
@@ -234,7 +233,12 @@ def show_results(sweep: SweepConfig, done: Sequence[Cell]) -> None:
     against = [result for result in results if result.variant == sweep.against]
     others = [result for result in results if result.variant != sweep.against]
     if against and others:
-        for comparison in compare(others, against):
+        try:
+            comparisons = compare(others, against)
+        except ResultError as error:  # runs that lack a partner are whole all the same
+            _say(console, str(error))
+            return
+        for comparison in comparisons:
             print_comparison(comparison)
 
 

@@ -95,6 +95,9 @@ def print_lines(lines: Sequence["Line"], with_paper: bool = False, with_classes:
     titles = [_TITLES[metric] for metric in _ORDER]
     titles.insert(1, "over tiles")
     print_table("Transfer, in percent", (*_SETTING, "encoder", "runs", *titles), rows)
+    for line in lines:
+        for note in line.notes:
+            print(shown(f"{line.name} ({line.setting}): {note}"))
     for setting in unpublished:
         print(shown(f"No published figure is known here for {setting.task}, {setting.modality}, {setting.mode}."))
     if with_classes:

@@ -3,6 +3,7 @@
 Layer 4. All scores are in percent. A spread is over repeated runs, an interval over test tiles; see transfer/statistics.py.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
@@ -69,12 +70,17 @@ def _intervals(lines: Sequence[Line]) -> Iterator[Drawing]:
     for task, of_task in groupby(lines, key=lambda line: line.setting.task):
         alike = list(of_task)
         rows = [_bar(line, _different([line.setting for line in alike])) for line in alike]
-        told = " ".join(f"{row.label}: {row.value:.1f}, interval {row.low:.1f} to {row.high:.1f}." for row in rows)
+        told = " ".join(map(_told, rows))
         note = "Dot: mean over runs; small dots: runs; bar: 95 % interval over test tiles."
         if any(row.published is not None for row in rows):
             note += " Diamond: the paper's CromSS with as many bands, the same encoder and decoder."
         title = f"mIoU on {task} in %"
         yield Drawing(f"miou-{task}", title, f"{title}. {told}", partial(_draw_intervals, rows, title), "wide", note)
+
+
+def _told(row: Bar) -> str:
+    interval = "no interval" if math.isnan(row.low) else f"interval {row.low:.1f} to {row.high:.1f}"
+    return f"{row.label}: {row.value:.1f}, {interval}."
 
 
 def _draw_intervals(rows: Sequence[Bar], title: str, alone: bool) -> Figure:

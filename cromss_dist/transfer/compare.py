@@ -5,7 +5,7 @@ encoders alike. So differences are taken within pairs of runs that share everyth
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 
@@ -46,7 +46,8 @@ class Line:
         runs: The runs, at least one.
         spread: Of the figures over the runs.
         iou: Of each class's IoU over the runs, by name.
-        interval: Of the figures' mean, over test tiles.
+        interval: Of the figures' mean, over test tiles; NaN with one tile.
+        notes: Why mean, spread or interval are not what they seem; sentences.
     """
 
     setting: Setting
@@ -55,6 +56,7 @@ class Line:
     spread: dict[Metric, Spread]
     iou: dict[str, Spread]
     interval: dict[Metric, Interval]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def summarise(
         among: Names of the classes that count, "common classes"; None = all.
 
     Raises:
-        ResultError: runs of one line have different test sets or classes, tiles are missing or damaged or fewer than two, or
-            `among` names an unknown class.
+        ResultError: runs of one line have different test sets or classes, tiles are missing or damaged, or `among` names an
+            unknown class.
     """
     return [_line(setting, name, runs, resampling or Resampling(), among) for (setting, name), runs in _grouped(results).items()]
 
@@ -214,7 +216,19 @@ def _line(
         spread={metric: Spread.of([s.metric(metric) for s in scores]) for metric in METRICS},
         iou={label: Spread.of([s.iou[label] for s in scores]) for label in scores[0].iou},
         interval=found.metrics,
+        notes=tuple(_notes(runs)),
     )
+
+
+def _notes(runs: Sequence[TransferResult]) -> Iterator[str]:
+    if runs[0].tiles == 1:
+        yield "there is one test tile, so that nothing can be said of others."
+    if len(lengths := sorted({run.steps for run in runs})) > 1:
+        yield f"runs of {', '.join(map(str, lengths))} steps are taken together; name those of one length alone."
+    for seeds, times in Counter(map(_seeds, runs)).items():
+        if times > 1:
+            told = f"{times} runs have label seed, seed and replicate {seeds}, so that the spread is not one of repetitions"
+            yield f"{told}; leave all but one away."
 
 
 def _comparison(

@@ -125,7 +125,10 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class Estimates:
-    """Figures with their intervals, as shares: the four means, and the IoU of each class by its index."""
+    """Figures with their intervals, as shares: the four means, and the IoU of each class by its index.
+
+    Of one tile there are no intervals: their ends are NaN.
+    """
 
     metrics: dict[Metric, Interval]
     iou: tuple[Interval, ...]
@@ -140,7 +143,7 @@ def estimate(runs: Sequence[Tiles], resampling: Resampling, among: Sequence[int]
         among: Indices of the classes that count; see `metric_values`.
 
     Raises:
-        ResultError: the runs are of different tiles, or there are fewer than two.
+        ResultError: the runs are of different tiles.
     """
     return _estimates(_stacked([[run] for run in runs]), np.ones(1), resampling, among)
 
@@ -159,7 +162,7 @@ def estimate_difference(
         among: Indices of the classes that count; see `metric_values`.
 
     Raises:
-        ResultError: the runs are of different tiles, or there are fewer than two.
+        ResultError: the runs are of different tiles.
     """
     return _estimates(_stacked(pairs), np.array([1.0, -1.0]), resampling, among)
 
@@ -186,8 +189,8 @@ def _estimates(confusion: npt.NDArray[np.int32], signs: Values, resampling: Resa
         combined: Values = np.einsum("rpsk,s->rpk", figures, signs).mean(1)
         return combined
 
-    low, high = bootstrap(confusion, statistic, resampling)
     values = statistic(confusion.sum(0, dtype=np.int64)[None])[0]
+    low, high = bootstrap(confusion, statistic, resampling) if len(confusion) > 1 else (np.full_like(values, np.nan),) * 2
     intervals = [Interval(*map(float, ends)) for ends in zip(values, low, high, strict=True)]
     return Estimates(dict(zip(METRICS, intervals, strict=False)), tuple(intervals[len(METRICS) :]))
 
@@ -211,7 +214,8 @@ def evidence_of(
         resampling: How the interval is made; None = the default.
 
     Raises:
-        ResultError: the runs are not repetitions of each other, of two encoders together, of a random one, or by k-NN.
+        ResultError: the runs are not repetitions of each other, of two encoders together, of a random one, by k-NN, or on a
+            single test tile.
         PackageError: the task's name is not allowed in evidence.
     """
     first, how = runs[0], resampling or Resampling()
@@ -228,6 +232,8 @@ def evidence_of(
     if protocol is None:
         raise ResultError(f"mode {first.mode!r} gives no evidence; choose from {', '.join(PROTOCOLS)}.")
     found = estimate(tiles, how).metrics[metric]
+    if first.tiles < 2:
+        raise ResultError(f"evidence has an interval over test tiles, and there is {first.tiles}; score at least two.")
     return Evidence(
         dataset=first.task + ("-paper" if first.protocol == "paper" else "") + _labels_suffix(first),
         metric=metric,

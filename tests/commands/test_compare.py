@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cromss_dist.cli import main
-from tests.transfer.made_results import made_run
+from tests.transfer.made_results import made_run, made_tiles
 
 
 @pytest.fixture
@@ -49,6 +49,15 @@ def test_one_run_has_no_spread_and_says_so_by_null(runs: Path, capsys: pytest.Ca
     (line,) = json.loads(capsys.readouterr().out)["lines"]
     assert line["spread"]["miou"]["std"] is None
     assert [*line["iou"]] == ["water", "trees"]
+
+
+def test_what_makes_figures_less_than_they_seem_is_told_below_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, steps in enumerate((400, 400, 800)):
+        made_run(tmp_path / str(number), tiles=made_tiles(0.6, number=1), steps=steps)
+    assert main(["compare", str(tmp_path)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for note in ("there is one test tile", "runs of 400, 800 steps are taken together", "3 runs have label seed, seed and"):
+        assert note in printed
 
 
 def test_a_setting_that_the_paper_has_not_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

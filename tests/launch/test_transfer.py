@@ -61,6 +61,7 @@ class Stub:
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.broken: dict[str, Exception] = {}
+        self.tiles = 12
 
     def __call__(self, parsed: ParsedRun[TransferConfig], console: Console) -> None:
         config, run_dir = parsed.config, parsed.resume
@@ -69,8 +70,9 @@ class Stub:
         self.begun.append(config.name)
         if config.name in self.broken:
             raise self.broken[config.name]
-        tiles = made_tiles(0.8 if config.variant == "one" else 0.6)
-        write_result(run_dir, made_result(tiles, seed=config.seed, variant=config.variant, task=config.task), tiles)
+        tiles = made_tiles(0.8 if config.variant == "one" else 0.6, number=self.tiles)
+        steps = len(self.begun) if self.tiles == 1 else 400
+        write_result(run_dir, made_result(tiles, seed=config.seed, variant=config.variant, task=config.task, steps=steps), tiles)
         (run_dir / "summary.json").touch()
 
 
@@ -91,6 +93,16 @@ def test_a_sweep_runs_all_and_ends_with_figures_and_paired_differences(
     assert "[4/4] mine-two-frozen-all-s1: mIoU " in told
     assert "one minus two, in points (mine, s2, frozen" in told
     assert "2 / 0 of 2" in told
+
+
+def test_what_cannot_be_compared_is_told_and_the_sweep_is_done_all_the_same(
+    typed: Typed, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.tiles = 1
+    assert typed() == 0
+    told = capsys.readouterr().out
+    assert "there is one test tile, so that nothing can be said of others" in told
+    assert "steps is 1 in one and 2 in the other" in told
 
 
 def test_a_run_that_fails_stops_no_other_and_alone_runs_again(

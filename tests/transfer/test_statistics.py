@@ -122,10 +122,16 @@ def test_runs_on_other_tiles_are_not_taken_together() -> None:
         estimate([made_tiles(0.6), made_tiles(0.6, number=13)], Resampling())
 
 
-@pytest.mark.parametrize("number", [1])
-def test_one_tile_has_no_interval(number: int) -> None:
+def test_one_tile_has_a_figure_without_an_interval_and_is_no_evidence() -> None:
+    tiles = made_tiles(0.6, number=1)
+    found = estimate([tiles], Resampling()).metrics["oa"]
+    assert found.value == pytest.approx(np.trace(tiles.total) / np.sum(tiles.total))
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
     with pytest.raises(ResultError, match="an interval over 1 test tile says nothing"):
-        estimate([made_tiles(0.6, number=number)], Resampling())
+        bootstrap(tiles.confusion, lambda sums: sums.sum((1, 2))[:, None], Resampling())
+    with pytest.raises(ResultError, match="score at least two"):
+        evidence_of([made_result(tiles)], [tiles], "run")
 
 
 @pytest.mark.parametrize("given", [{"level": 1.0}, {"level": 0.0}, {"replicates": 99}, {"seed": -1}])
