@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cromss_dist.errors import ConfigError
 
 TASKS = Path("configs") / "transfer"
@@ -60,10 +62,11 @@ def written_out(arguments: Sequence[str]) -> list[str]:
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; give it a value.") from error
     if given["task"] and not given["config"] and not given["resume"]:
-        rest = ["--config", str(_config_of(given["task"])), *rest]
+        given["config"] = str(_config_of(given["task"]))
+        rest = ["--config", given["config"], *rest]
     keys: dict[str, str] = {}
     for ref in short.encoder:
-        key = f"--encoder.{_modality_of(ref, given['tracking.uri'])}"
+        key = f"--encoder.{_modality_of(ref, given['tracking.uri'] or _uri_in(given['config']))}"
         if key in keys:
             raise ConfigError(f"--encoder {ref} and --encoder {keys[key]} are both for {key[-2:]}; give one encoder a modality.")
         keys[key] = ref
@@ -79,6 +82,15 @@ def _config_of(task: str) -> Path:
         f"--task {task} names no config: {TASKS / task}.yaml is not there (in {TASKS}: {told}). Give one of these, or your own "
         "file with --config FILE."
     )
+
+
+def _uri_in(config: str | None) -> str | None:
+    """The store that a config names; what is wrong with the file is told by the config's parser."""
+    try:
+        uri = yaml.safe_load(Path(config).read_text())["tracking"]["uri"] if config else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError):
+        return None
+    return uri if isinstance(uri, str) else None
 
 
 def _modality_of(ref: str, uri: str | None) -> str:

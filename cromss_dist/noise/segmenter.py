@@ -61,9 +61,9 @@ class Segmenter:
             ConfigError: it is no folder of a pretraining, or the run has not come to its end.
             PackageError: an encoder package of it is damaged.
         """
-        if not (run_dir / CONFIG_FILE).is_file() or not (run_dir / WEIGHTS_FILE).is_file():
+        if missing := [name for name in (CONFIG_FILE, WEIGHTS_FILE, "encoders") if not (run_dir / name).exists()]:
             raise ConfigError(
-                f"{run_dir} has no {CONFIG_FILE} or no {WEIGHTS_FILE}: give the folder of a pretraining that has come to its end."
+                f"{run_dir} has no {' and no '.join(missing)}: give the folder of a pretraining that has come to its end."
             )
         cards = {modality: check_package(run_dir / "encoders" / modality) for modality in MODALITIES}
         contracts = tuple((modality, card.normalisation.digest) for modality, card in cards.items())

@@ -47,7 +47,7 @@ def export(
         record: Of the run.
 
     Raises:
-        StorageError: a file cannot be written.
+        OSError: a file cannot be written.
     """
     run_dir = trained.run_dir
     record.event("stage", text="writing encoder packages")

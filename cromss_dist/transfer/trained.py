@@ -85,7 +85,7 @@ class Transferred:
 
 
 def write_network(run_dir: Path, weights: Mapping[str, Tensor], network: NetworkOfRun) -> None:
-    """Leaves the network in the folder of its run. Raises StorageError: the file cannot be written."""
+    """Leaves the network in the folder of its run. Raises OSError: the file cannot be written."""
     write_weights(run_dir, weights, json.dumps(asdict(network), sort_keys=True))
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from cromss_dist.cli import main
 from cromss_dist.commands.transfer import written_out
-from cromss_dist.errors import ConfigError
+from cromss_dist.errors import ConfigError, RegistryError
 
 
 @pytest.fixture
@@ -31,6 +31,17 @@ def test_the_short_form_becomes_the_configs_keys(tasks: Path, encoder_package: P
         ["--encoder.name", "resnet18"],
     ):
         assert written_out(whole) == whole
+
+
+def test_the_short_form_looks_in_the_store_that_the_config_names(tasks: Path, tmp_path: Path) -> None:
+    tasks.write_text(f"tracking: {{uri: 'sqlite:///{tmp_path}/named.db'}}\n")
+    for arguments in (["--task", "mine"], ["--config", str(tasks)]):
+        with pytest.raises(RegistryError, match=r"No MLflow store at .*named\.db"):
+            written_out(["--encoder", "name@alias", *arguments])
+    for content in ("tracking: {uri: null}", "[]", "a: b: c", ""):
+        tasks.write_text(content)
+        with pytest.raises(RegistryError, match=r"No MLflow store at .*mlflow\.db"):
+            written_out(["--encoder", "name@alias", "--config", str(tasks)])
 
 
 def test_what_the_short_form_cannot_say_is_refused(tasks: Path, encoder_package: Path) -> None:

@@ -165,6 +165,11 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
 def test_weights_and_runs_that_are_not_there_are_refused(segmenter: Segmenter, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has come to its end"):
         Segmenter.of_run(tmp_path)
+    for name in ("config.yaml", "model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match="has no encoders: give the folder of a pretraining"):  # a transfer run
+        Segmenter.of_run(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="no weights at"):
         Segmenter.of_file(tmp_path / "model.safetensors", tmp_path / "config.yaml")
     cut = tmp_path / "cut.safetensors"

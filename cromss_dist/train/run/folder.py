@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cromss_dist.config import BaseRunConfig
-from cromss_dist.data.staging import atomic_file, write_atomically
-from cromss_dist.errors import CheckpointError, ConfigError, OutputExistsError, StorageError
+from cromss_dist.data.staging import write_atomically
+from cromss_dist.errors import CheckpointError, ConfigError, OutputExistsError
 from cromss_dist.parse import CONFIG_FILE, to_yaml, write_yaml
 from cromss_dist.train.safety.failure import set_aside, set_aside_errors
 from cromss_dist.train.safety.fence import RANKS_FILE, new_ticket
@@ -69,14 +68,9 @@ def write_weights(run_dir: Path, weights: Mapping[str, Tensor], network: str = "
         network: What they are of, for who builds it again; it is put into the file's header.
 
     Raises:
-        StorageError: the file cannot be written.
+        OSError: the file cannot be written.
     """
-    path = run_dir / WEIGHTS_FILE
-    try:
-        with atomic_file(path) as file:
-            save_file(dict(weights), file.name, {"network": network} if network else None)
-    except SafetensorError as error:  # is no OSError, whatever the system said
-        raise StorageError(f"{path} cannot be written: {error}. Check the disk's free space and run it again.") from error
+    write_atomically(run_dir / WEIGHTS_FILE, save(dict(weights), {"network": network} if network else None))
 
 
 def mark_as_begun(run_dir: Path, config: BaseRunConfig) -> None:
