@@ -36,7 +36,7 @@ def deliver(
         result: What it was and how it scored.
         tiles: The same, tile by tile.
         panels: Tiles to look at.
-        samples_per_s: Of training.
+        samples_per_s: Of training; 0 where nothing was trained.
         record: Of the run.
 
     Raises:

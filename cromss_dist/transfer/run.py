@@ -65,7 +65,7 @@ def quick_look(config: TransferConfig, run_dir: Path) -> RunSummary:
         assert record is not None, "a run of one process is rank 0"
         found = look(task, world, record.tell)
         result = task.result(found.tiles, run_dir, steps=0, samples=found.num_pixels)
-        return deliver(config, result, found.tiles, found.panels, result.samples / result.seconds, record)
+        return deliver(config, result, found.tiles, found.panels, 0.0, record)
 
 
 def run_in_process(parsed: ParsedRun[TransferConfig], console: Console) -> RunSummary:

@@ -127,7 +127,8 @@ def conduct_here(
     if config.launch.workers not in (None, 1) or os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
             f"One process cannot be launch.workers={config.launch.workers} (WORLD_SIZE={os.environ.get('WORLD_SIZE', 'unset')}); "
-            "set launch.workers to 1 and unset WORLD_SIZE, or start the run with launch/pretrain.py."
+            "set launch.workers to 1 and unset WORLD_SIZE. launch/pretrain.py gives a pretraining several workers, "
+            "launch/transfer.py runs several transfers at a time."
         )
     config = config.with_absolute_paths()
     check(config, 1)
@@ -144,7 +145,7 @@ def report(summary: RunSummary, console: Console) -> None:
     Raises:
         PackageError, RegistryError: the store has all of it, and cannot have its encoders in the registry.
     """
-    lines = [f"{summary.samples} samples at {summary.samples_per_s:.1f} samples/s"]
+    lines = [f"{summary.samples} samples at {summary.samples_per_s:.1f} samples/s"] if summary.samples_per_s else []
     if summary.run_id is None:
         lines.append(f"MLflow has not all of it yet; send the rest with: cromss track sync {shlex.quote(summary.run_dir)}")
     else:
