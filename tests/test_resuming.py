@@ -148,9 +148,9 @@ def test_what_a_run_may_change_is_told(config: RunConfig) -> None:
     )
     assert changes_of(config.to_dict(), config) == []
     assert changes_of(config.to_dict(), changed) == [
-        "data.reading.threads 2 -> 3",
         "train.lr 0.001 -> 0.0001",
         "engine.zero_stage 0 -> 2",
+        "data.reading.threads 2 -> 3",
     ]
 
 
