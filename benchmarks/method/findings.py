@@ -33,6 +33,7 @@ class Findings:
         common: Classes of the headline figure; one at 0 costs all others' mean as much as a method could win.
         segmenters: Pretraining -> 's1', 's2', 'mean' -> scores of its own predictions against the truth of the test places.
         detection: Pretraining -> detector -> `DetectorScores.to_json()`, on the labels of the test places.
+        relabelling: Pretraining -> rule -> `Cleaning.to_json()`, of the same labels.
         results: Of the transfers.
         differences: Between them.
         gates: What had to hold.
@@ -44,6 +45,7 @@ class Findings:
     common: tuple[str, ...]
     segmenters: dict[str, dict[str, Scores]]
     detection: dict[str, Json]
+    relabelling: dict[str, Json]
     results: dict[Setting, list[TransferResult]]
     differences: Differences
     gates: list[Gate]
@@ -72,6 +74,7 @@ class Findings:
             common=common,
             segmenters={name: _scores(told["confusion"], common) for name, told in found.items()},
             detection=detection,
+            relabelling={name: told["relabelling"] for name, told in found.items()},
             results=results,
             differences=differences,
             gates=gates(differences, of_method),
@@ -112,6 +115,7 @@ class Findings:
                     name: {of: asdict(scores) for of, scores in found.items()} for name, found in self.segmenters.items()
                 },
                 "detection": self.detection,
+                "relabelling": self.relabelling,
                 "transfer": runs,
                 "differences": {
                     setting.name: {" - ".join(pair): asdict(difference) for pair, difference in of.items()}

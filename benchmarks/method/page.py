@@ -28,6 +28,7 @@ def page(found: Findings) -> list[str]:
         *_data(found),
         *_segmenters(found),
         *_detection(found),
+        *_relabelling(found),
         *_transfer(found),
         *_differences(found),
     ]
@@ -84,11 +85,15 @@ def _segmenters(found: Findings) -> list[str]:
     ]
 
 
+def _first_seeds(found: Findings) -> dict[str, str]:
+    """What a table calls a pretraining -> its name; of each variant and control the first seed."""
+    variants = {variant: pretraining_of(variant, 0).name for variant in found.size.variants}
+    return variants | {f"{METHOD}, {noise} noise": f"{METHOD}-{noise}-0" for noise in found.size.controls}
+
+
 def _detection(found: Findings) -> list[str]:
-    names = {variant: pretraining_of(variant, 0).name for variant in found.size.variants}
-    names |= {f"{METHOD}, {noise} noise": f"{METHOD}-{noise}-0" for noise in found.size.controls}
     rows = []
-    for shown, name in names.items():
+    for shown, name in _first_seeds(found).items():
         of_archive = shown == METHOD or "noise" in shown  # detectors without a model are the same for all variants
         for detector, told in found.detection[name].items():
             if detector not in _TRIVIAL:
@@ -118,6 +123,24 @@ def _detector_row(shown: str, detector: str, told: dict[str, Any]) -> tuple[str,
     halves = (_percent(told["wrong_in_selected"]), _percent(told["wrong_in_rest"]))
     base = (_percent(overall["average_precision"]), _percent(overall["base_rate"]))
     return (shown, detector.replace("_", " "), *base, *(cell(group) for group in groups), *halves)
+
+
+def _relabelling(found: Findings) -> list[str]:
+    rows = []
+    for shown, name in _first_seeds(found).items():
+        for rule, told in found.relabelling[name].items():
+            shares = (told[of] / told["pixels"] if told["pixels"] else None for of in ("dropped", "mended", "spoilt"))
+            rates = (told["noise_before"], told["noise_after"])
+            rows.append((shown, rule, *(_percent(share) for share in (*rates, *shares))))
+    header = ("pretraining", "rule", "wrong before", "wrong after", "dropped", "mended", "spoilt")
+    return [
+        "## Relabelling, of the same labels",
+        "",
+        "As `cromss noise relabel` does it with its default thresholds, percent of the labels; wrong after: of those that are "
+        "left. First seed.",
+        "",
+        *_table(header, rows),
+    ]
 
 
 def _transfer(found: Findings) -> list[str]:

@@ -70,6 +70,8 @@ def test_the_smoke_size_runs_whole_and_its_exit_code_is_that_of_its_gates(
     # Such short runs rank nothing, but a segmenter knows more of a label than chance does.
     found = told["detection"]["cromss-0"]["refined_s2"]["overall"]
     assert found["average_precision"] > found["base_rate"] + 0.1
+    dropped = told["relabelling"]["cromss-0"]["drop"]
+    assert dropped["noise_after"] < dropped["noise_before"] == pytest.approx(found["base_rate"])
     assert len(told["transfer"]) == len(SIZES["smoke"].settings)
     assert "## Paired differences" in written.with_suffix(".md").read_text()
     assert written.with_suffix(".png").stat().st_size > 10_000

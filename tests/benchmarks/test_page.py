@@ -11,7 +11,7 @@ from benchmarks.method.findings import Findings
 from benchmarks.method.page import draw, page
 from benchmarks.method.plan import RANDOM, SIZES, Setting, pretraining_of
 from benchmarks.method.verdict import gates, paired_differences
-from cromss_dist.noise.detection import Detection, trivial_scores
+from cromss_dist.noise.detection import Cleaning, Detection, trivial_scores
 from cromss_dist.schema import CLASS_NAMES, NOISE_KINDS
 from cromss_dist.train.figures.scores import Scores
 from cromss_dist.transfer.results import TransferResult
@@ -67,6 +67,7 @@ def found(results: dict[Setting, list[TransferResult]]) -> Findings:
         common=NAMES[:2],
         segmenters={name: dict.fromkeys(("s1", "s2", "mean"), segmenter) for name in names},
         detection=dict.fromkeys(names, detectors),
+        relabelling={name: {"drop": Cleaning(200, 60, 20, dropped=100).to_json()} for name in names},
         results=results,
         differences=differences,
         gates=gates(differences, [detectors]),
@@ -89,7 +90,7 @@ def test_differences_are_of_common_classes_and_of_runs_with_one_seed(found: Find
 def test_the_page_has_every_table_and_each_row_as_many_cells_as_its_header(found: Findings) -> None:
     lines = page(found)
     titles = [line for line in lines if line.startswith("## ")]
-    assert len(titles) == 6
+    assert len(titles) == 7
     width = 0
     for before, line in zip(["", *lines], lines, strict=False):
         if line.startswith("|"):
@@ -97,6 +98,7 @@ def test_the_page_has_every_table_and_each_row_as_many_cells_as_its_header(found
             assert line.count("|") == width
     assert "nan" not in " ".join(lines)
     assert any(line.startswith("| clean - cromss | ") for line in lines)
+    assert "| cromss | drop | 30.0 | 20.0 | 50.0 | 0.0 | 0.0 |" in lines
     assert sum("other seasons" in line for line in lines if line.startswith("|")) == 1  # no model: the same for all
 
 
