@@ -51,6 +51,9 @@ def test_labels_are_looked_at_summed_up_again_and_cleaned(
     dropped = read_manifest(cleaned)["class_counts"][0]["ignored"]
     assert dropped > 0
     assert main(["noise", "relabel", str(cube), *given, "--out", str(cleaned)]) == 4
+    capsys.readouterr()
+    assert main(["noise", "summary", str(cube), "--manifest", str(cleaned)]) == 2
+    assert "give the dataset that the observatory looked at" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,7 @@ def test_labels_are_looked_at_summed_up_again_and_cleaned(
         (["--manifest", "x", "--out", "y", "--run", "r", "--weights", "w"], "either --run RUN_DIR or --weights FILE"),
         (["--manifest", "x", "--out", "y", "--weights", "w"], "--weights and --config belong together"),
         (["--manifest", "x", "--out", "y", "--run", "nowhere"], "has come to its end"),
+        (["summary", "cube", "--manifest", "x", "--panels", "101"], "--panels 101 is not allowed"),
     ],
 )
 def test_wrong_arguments_end_with_2_and_a_sentence(
