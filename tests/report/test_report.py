@@ -1,5 +1,6 @@
 """The command: what it writes, what it says in words, what it refuses."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +17,9 @@ from cromss_dist.report.report import compose, file_name
 from cromss_dist.report.run_record import Picture, read_run
 from cromss_dist.report.tables import NONE, Table, differences, distinct_names, duration, facts
 from cromss_dist.report.training import MAX_SHOWN, choose
-from cromss_dist.transfer.results import TILES_FILE, read_result
-from tests.report.run_folders import pretraining_run, transfer_run
+from cromss_dist.tracking.run.spool import EVENTS_FILE
+from cromss_dist.transfer.results import TILES_FILE, read_result, read_tiles, write_result
+from tests.report.run_folders import pretraining_run, transfer_run, write_spool
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +34,16 @@ def tables_of(section: Section) -> Iterator[Table]:
 
 def test_sections_are_those_that_runs_have_something_for(sections: dict[str, Section], pretrainings: Path) -> None:
     of_runs = ["pretraining-runs", "pretraining-curves", "pretraining-classes"]
-    assert list(sections) == [*of_runs, "transfer", "transfer-classes", "confusion", "panels", "configuration"]
+    assert list(sections) == [*of_runs, "transfer", "scores-by-class", "confusion", "panels", "configuration"]
     assert [section.anchor for section in compose([pretrainings], 2)[1]] == [*of_runs, "panels", "configuration"]
 
 
 def test_transfers_are_not_drawn_over_pretraining(tmp_path: Path) -> None:
     pretraining_run(tmp_path / "a", num_steps=1)
     transfer = transfer_run(pretraining_run(tmp_path / "b", num_steps=1, task="dw"))
-    found = {section.anchor: section for section in compose([tmp_path], 1)[1]}
+    sections = compose([tmp_path], 1)[1]
+    found = {section.anchor: section for section in sections}
+    assert len(found) == len(sections)
     for anchor, name in (("pretraining-runs", "a"), ("transfer-runs", transfer.name)):
         assert [row[0] for row in next(tables_of(found[anchor])).rows] == [name]
     assert len({part.drawings[0].key for anchor in found for part in found[anchor].parts if part.drawings}) == sum(
@@ -102,6 +106,37 @@ def test_runs_that_make_no_pair_are_told_and_shown_all_the_same(tmp_path: Path) 
     assert "no run of one side" in part.text
     alone = compose([tmp_path / "a"], 0)[1][0]
     assert not [part for part in alone.parts if part.title == "Paired differences"]
+
+
+def test_what_a_line_mixes_and_what_differences_leave_out_is_said_below_them(tmp_path: Path) -> None:
+    for seed, steps in ((0, 50), (1, 60)):
+        run = transfer_run(tmp_path / str(seed), "one", seed=seed)
+        write_result(run, replace(read_result(run), steps=steps), read_tiles(read_result(run)))
+    transfer_run(tmp_path / "other", "other")
+    scores, *others = tables_of(compose([tmp_path], 0)[1][0])
+    (found,) = (table for table in others if table.caption.startswith("Differences"))
+    assert scores.note.startswith(f"{scores.rows[0][0]} (dw, s2, frozen, ")
+    assert scores.note.endswith("runs of 50, 60 steps are taken together; name those of one length alone.")
+    assert "without a partner of the same seeds are left out: 1." in found.note
+
+
+def test_a_run_that_noted_nothing_yet_is_on_the_page(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / EVENTS_FILE).touch()
+    runs, configuration = compose([tmp_path], 0)[1]
+    assert next(tables_of(runs)).rows[0][:3] == ("new", "no end recorded", "0")
+    assert configuration.anchor == "configuration"
+
+
+def test_figures_that_are_no_numbers_are_drawn_as_gaps_and_told(tmp_path: Path) -> None:
+    values = [1.0, math.inf, math.nan, -1e308, 2.0, math.inf]
+    figures = [{"event": "progress", "step": i, "samples": i, "metrics": {"train/grad_norm": v}} for i, v in enumerate(values)]
+    write_spool(tmp_path, *figures)
+    runs, sections = compose([tmp_path], 0)
+    assert runs[0].series["train/grad_norm"].values[3] == -math.inf  # larger than any axis takes
+    (drawing,) = sections[1].parts[0].drawings
+    assert "1 at the start, inf at the end" in drawing.alt
+    assert "<svg" in drawing.svg
 
 
 def test_only_what_differs_is_set_side_by_side(pretrainings: Path) -> None:
