@@ -166,6 +166,11 @@ def test_panels_are_chosen_evenly_with_the_last_and_the_first(number: int, most:
     assert [int(picture.path.name) for picture in choose(pictures, most)] == chosen
 
 
+def test_panels_say_after_which_step_they_were_drawn(sections: dict[str, Section]) -> None:
+    titles = [[photo.title for photo in part.photos] for part in sections["panels"].parts]
+    assert titles == [["After step 0", "After step 20"]] * 2 + [["test"]]
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (111, "1 min 51 s"), (90_000, "1 d 1 h"), (3600, "1 h")])
 def test_lengths_of_time_have_two_units(seconds: float, text: str) -> None:
     assert duration(seconds).replace("\N{NO-BREAK SPACE}", " ") == text
