@@ -100,10 +100,12 @@ class Segmenter:
         """Whether it can be asked about samples of a dataset.
 
         Raises:
-            ConfigError: its labels are of other classes than those of a pretraining.
+            ConfigError: its labels are of other classes than those of a pretraining, or there is no GPU where one is asked for.
             BandError: bands are missing, or their values were normalised otherwise than those it was trained on.
             CheckpointError: the weights are not the ones that were there, or of another network.
         """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda, but torch finds no GPU here; leave it out.")
         if (found_classes := spec.values[0].values) != CLASS_NAMES:
             raise ConfigError(
                 f"The dataset has the label classes {', '.join(found_classes)}; a pretrained network knows the "

@@ -166,6 +166,9 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
     for other, error, message in cases:
         with pytest.raises(error, match=message):
             check(other)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="finds no GPU here"):
+            check(replace(segmenter, device="cuda"))
     spec = dataset.spec
     other_classes = replace(spec.values[0], values=("sea", *spec.values[0].values[1:]))
     with pytest.raises(ConfigError, match="has the label classes sea, trees"):
