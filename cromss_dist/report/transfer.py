@@ -116,27 +116,29 @@ def _is_alike(line: Line, one: Published) -> bool:
 
 
 def _differences(results: Sequence[TransferResult]) -> tuple[str, tuple[Table, ...]]:
-    """What pairs of runs that differ in nothing but the encoder say; or why there is none."""
-    encoders = {(Setting.of(result), result.name) for result in results}
-    if len(encoders) == len({setting for setting, _ in encoders}):
-        return "", ()
-    try:
-        found = compare(results, results)
-    except ResultError as error:
-        return f"None: {error}", ()
+    """What pairs of runs that differ in nothing but the encoder say; and in which settings there is none, and why."""
+    found: list[Comparison] = []
+    told: list[str] = []
+    for setting, of_setting in groupby(sorted(results, key=Setting.of), Setting.of):
+        alike = list(of_setting)
+        if len({result.name for result in alike}) == 1:
+            continue
+        try:
+            found += compare(alike, alike)
+        except ResultError as error:
+            told.append(f"None in {setting}: {error}")
     better = [
         c for c in found if c.metrics["miou"].spread.mean > 0 or (c.metrics["miou"].spread.mean == 0 and c.first < c.second)
     ]
+    if not better:
+        return " ".join(told), ()
     different = _different([one.setting for one in better])
     header = ("encoder", "against", "setting", "pairs", "mIoU", "better in", "worse in", "interval over tiles", "OA", "mF1")
     note = "Runs of a pair have the same labelled tiles, seeds, steps and test set. ± is over pairs."
     if alone := sum(one.alone for one in better):
         note += f" Runs without a partner of the same seeds are left out: {alone}."
-    return "", (
-        Table(
-            "Differences in points, the better encoder first", header, tuple(_difference(one, different) for one in better), note
-        ),
-    )
+    rows = tuple(_difference(one, different) for one in better)
+    return " ".join(told), (Table("Differences in points, the better encoder first", header, rows, note),)
 
 
 def _difference(found: Comparison, different: Sequence[str]) -> tuple[str, ...]:

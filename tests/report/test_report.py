@@ -19,7 +19,7 @@ from cromss_dist.report.tables import NONE, Table, differences, distinct_names, 
 from cromss_dist.report.training import MAX_SHOWN, choose
 from cromss_dist.tracking.run.spool import EVENTS_FILE
 from cromss_dist.transfer.results import TILES_FILE, read_result, read_tiles, write_result
-from tests.report.run_folders import pretraining_run, transfer_run, write_spool
+from tests.report.run_folders import panel, pretraining_run, transfer_run, write_spool
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,17 @@ def test_runs_that_make_no_pair_are_told_and_shown_all_the_same(tmp_path: Path) 
     assert not [part for part in alone.parts if part.title == "Paired differences"]
 
 
+def test_a_setting_that_cannot_be_compared_takes_the_differences_of_no_other(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        transfer_run(tmp_path / name, name)
+        transfer_run(tmp_path / f"{name}-tuned", name, mode="finetuned")
+    transfer_run(tmp_path / "once-more", "other", mode="finetuned")
+    (part,) = (part for part in compose([tmp_path], 0)[1][0].parts if part.title == "Paired differences")
+    assert part.text.startswith("None in dw, s2, finetuned, ")
+    assert "has 2 runs with label seed" in part.text
+    assert len(part.tables[0].rows) == 1
+
+
 def test_what_a_line_mixes_and_what_differences_leave_out_is_said_below_them(tmp_path: Path) -> None:
     for seed, steps in ((0, 50), (1, 60)):
         run = transfer_run(tmp_path / str(seed), "one", seed=seed)
@@ -176,11 +187,12 @@ def test_lengths_of_time_have_two_units(seconds: float, text: str) -> None:
     assert duration(seconds).replace("\N{NO-BREAK SPACE}", " ") == text
 
 
-def test_the_command_writes_a_page_and_a_picture_for_each_drawing(
-    tmp_path: Path, pretrainings: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_a_page_and_a_picture_for_each_drawing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, figures_of = tmp_path / "run-0", {"train/loss/total": 1.0, "train/kept_s1/water": 0.5}
+    write_spool(run, {"event": "progress", "step": 1, "samples": 4, "metrics": figures_of})
+    panel(run / "panels" / "step_0000001.png")
     out, figures = tmp_path / "new" / "report.html", tmp_path / "figures"
-    command = ["report", str(pretrainings / "run-0"), "--out", str(out), "--title", "A & B", "--panels", "1"]
+    command = ["report", str(run), "--out", str(out), "--title", "A & B", "--panels", "1"]
     assert main([*command, "--figures", str(figures)]) == 0
     page = out.read_text()
     assert "<title>A &amp; B</title>" in page
