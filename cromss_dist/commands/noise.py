@@ -227,6 +227,8 @@ def _summarise(archive: "StoredArchive", observations: "StoredArchive", rule: "R
         )
         figure = draw_worst(read_panels(archive, observations, rule, worst), summary.tally.class_names, title)
         write_atomically(folder / _PANELS, to_png(figure))
+    else:  # one of another rule is not left beside these tables
+        (folder / _PANELS).unlink(missing_ok=True)
     if options.json:
         print_json(summary.to_json())
     else:

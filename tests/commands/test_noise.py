@@ -41,6 +41,7 @@ def test_labels_are_looked_at_summed_up_again_and_cleaned(
     rule = ["--doubt-below", "0.3", "--drop"]
     assert main(["noise", "summary", str(cube), *given, *rule, "--panels", "0", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
+    assert not (cube / "worst.png").exists()
     assert told["rule"] == {"doubt_below": 0.3, "replace_above": 0.6, "drop": True}
     assert told == json.loads((cube / "summary.json").read_text())
 
