@@ -68,15 +68,19 @@ def process_runner(workers: int) -> "Runner":
 
 def _share(shared: Any) -> None:
     _shared[:] = [shared]
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it does, even killed: the same command again must find no one at work."""
+def end_with_parent() -> None:
+    """Has this process end when the one that started it does, even killed: the same command again must find no one at work."""
     parent = parent_process()
     assert parent is not None, "a worker was started by another process"
-    parent.join()
-    os._exit(1)
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _call(function: Callable[[Any, Job], Result], job: Job) -> Result:
