@@ -57,6 +57,32 @@ def test_labels_are_looked_at_summed_up_again_and_cleaned(
     assert "give the dataset that the observatory looked at" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_model_is_trained_again_on_the_labels_that_it_cleaned(synthetic_shards: Path, tmp_path: Path) -> None:
+    def pretrain(shards: Path, output: Path) -> Path:
+        keys: dict[str, object] = {
+            **{"output": output, "data.shards": shards, "data.crop_px": 64, "data.val_fraction": 0.25, "tracking.uri": "offline"},
+            **{"model.encoder": "resnet18", "model.encoder_depth": 3, "model.decoder_channels": "[32,16,8]"},
+            **{"engine.device": "cpu", "engine.global_batch": 4, "train.epochs": 1, "train.warmup_epochs": 0},
+        }
+        assert main(["pretrain", *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]) == 0
+        (folder,) = output.glob("*/summary.json")
+        return folder.parent
+
+    first = pretrain(synthetic_shards, tmp_path / "first")
+    cube, cleaned, given = tmp_path / "noise", tmp_path / "cleaned", ["--manifest", str(synthetic_shards), "--workers", "1"]
+    assert main(["noise", "--run", str(first), *given, "--out", str(cube)]) == 0
+    assert main(["noise", "relabel", str(cube), *given, "--out", str(cleaned), "--doubt-below", "0.1", "--drop"]) == 0
+    before, after = (read_manifest(folder) for folder in (synthetic_shards, cleaned))
+    assert after["num_samples"] == before["num_samples"]
+    assert after["class_counts"][0]["ignored"] > before["class_counts"][0]["ignored"]
+
+    second = pretrain(cleaned, tmp_path / "second")
+    cards = [json.loads(card.read_text()) for card in second.glob("encoders/*/card.json")]
+    assert len(cards) == 2
+    assert all(read_manifest(cleaned)["digest"] in json.dumps(card) for card in cards)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
