@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 from cromss_dist.cluster import CLUSTER_FILE, ClusterConfig
 from cromss_dist.config import BaseRunConfig, RunConfig
+from cromss_dist.config.transfer import TransferConfig
 from cromss_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ CONFIG_FILE = "config.yaml"  # in the run's folder
 # Beside the config's keys:
 _FLAGS = ("config", "dry-run", "resume", "fresh", "profile", "print_config")
 _CLUSTER_FLAGS = ("cluster", "detach", "allow-insecure")
+_KINDS: dict[str, type] = {"pretraining": RunConfig, "transfer run": TransferConfig}
 
 
 @dataclass(frozen=True)
@@ -209,4 +211,7 @@ def _explain(message: str, schema: type, clusters: bool = False) -> str:
     # The right name in the wrong group first (engine.lr -> train.lr), then the like-sounding ones.
     near = [k for k in known if k.rsplit(".", 1)[-1] == tail] or difflib.get_close_matches(key, known, 2, 0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "see --help or --print_config for all keys."
+    others = [kind for kind, other in _KINDS.items() if other is not schema and key in known_keys(other)]
+    if others:
+        hint += f" A {' or a '.join(others)} has it: is this the config of one?"
     return f"Unknown config key '{key}'; {hint}"

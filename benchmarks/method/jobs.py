@@ -2,13 +2,12 @@
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from cromss_dist.data.staging import write_atomically
 from cromss_dist.errors import WorkerError
+from cromss_dist.noise.processes import end_with_parent
 
 Json = dict[str, Any]
 
@@ -57,7 +57,7 @@ def run_jobs(work: Path, jobs: Sequence[Job], processes: int, tell: Callable[[st
     missing = [job for job in jobs if not _result_file(work, job.name).exists()]
     started, ended = time.monotonic(), 0
     # spawn: no threads or locks of this process. Ctrl-C reaches the workers too: runs save themselves and stop.
-    with ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
         running: dict[Future[Json], str] = {}
         waiting = iter(missing)
         while True:
@@ -79,18 +79,6 @@ def run_jobs(work: Path, jobs: Sequence[Job], processes: int, tell: Callable[[st
                 left_min = (time.monotonic() - started) / ended * (len(missing) - ended) / 60
                 number = ended + len(jobs) - len(missing)
                 tell(f"{number} of {len(jobs)}: {name}, {told['seconds']:.0f} s; about {left_min:.0f} min left of this stage")
-
-
-def _end_with_parent() -> None:
-    """Has this process end when the one that started it does, even killed: the next call must find no one in a run's folder."""
-    parent = parent_process()
-    assert parent is not None, "a worker was started by another process"
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _result_file(work: Path, name: str) -> Path:

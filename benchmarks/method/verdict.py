@@ -4,6 +4,7 @@ Differences are between runs of equal setting, seed and labelled tiles (`cromss_
 which tiles are drawn moves a score more than most variants do. They are shares; what is told of them are points, 100 times that.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -15,7 +16,8 @@ from cromss_dist.transfer.results import TransferResult
 from cromss_dist.transfer.statistics import Resampling, Spread
 
 METHOD, BASELINE, CEILING = "cromss", "plain", "clean"
-POWER_POINTS = 3.0  # what clean labels must be worth for a test to rank methods
+POWER_POINTS = 3.0  # what clean labels must be worth, at least, for a setting to rank methods
+POWER_ERRORS = 2.0  # and how many standard errors their worth must exceed: else it may be chance
 MARGIN_POINTS = 3.0  # what a method may lose and count as not worse
 PRETRAINED_POINTS = {"s2": 5.0, "s1": 4.0}  # a frozen encoder over a random one
 PRECISION_OVER_BASE = 0.25  # average precision over the share of wrong labels
@@ -105,20 +107,29 @@ def gates(differences: Differences, detections: Sequence[Mapping[str, Any]]) -> 
 
 
 def able_settings(differences: Differences) -> list[Setting]:
-    """The settings that can rank methods: those in which clean labels are worth `POWER_POINTS`."""
-    return [setting for setting, of in differences.items() if 100 * of[CEILING, BASELINE].spread.mean >= POWER_POINTS]
+    """The settings that can rank methods: clean labels are worth `POWER_POINTS` and more than `POWER_ERRORS` standard errors.
+
+    A single pair has no standard error, and so ranks nothing.
+    """
+    return [setting for setting, of in differences.items() if _is_able(of[CEILING, BASELINE].spread)]
+
+
+def _is_able(worth: Spread) -> bool:
+    error = worth.std / math.sqrt(worth.runs) if worth.runs else math.nan
+    return 100 * worth.mean >= POWER_POINTS and worth.mean > POWER_ERRORS * error
 
 
 def in_words(differences: Differences) -> list[str]:
     """What the transfer says of the methods, and whether it can say anything."""
     able = able_settings(differences)
+    needed = f"at least {POWER_POINTS:g} points on the mean of the pairs, and more than {POWER_ERRORS:g} standard errors of it"
     worth = ", ".join(f"{setting.name} {points(of[CEILING, BASELINE].pairs)}" for setting, of in differences.items())
     lines = [f"What there is to win, clean labels over {BASELINE}, points mIoU (pairs above 0): {worth}."]
     if able:
         names = ", ".join(setting.name for setting in able)
-        lines.append(f"Settings that can rank methods, since clean labels are worth {POWER_POINTS:g} points: {names}.")
+        lines.append(f"Settings that can rank methods, since clean labels are worth {needed}: {names}.")
     else:
-        lines.append(f"**This test cannot rank methods**: in no setting are clean labels worth {POWER_POINTS:g} points.")
+        lines.append(f"**This test cannot rank methods**: in no setting are clean labels worth {needed}.")
     variants = dict.fromkeys(variant for of in differences.values() for variant, against in of if against == BASELINE)
     for variant in variants:
         if variant == CEILING:

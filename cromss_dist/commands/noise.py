@@ -113,6 +113,7 @@ def _noise(options: argparse.Namespace) -> None:
         else Segmenter.of_file(options.weights, options.config, options.device)
     )
     rule = _rule(options)
+    _check_panels(options)
     observatory = Observatory(_archive(options.manifest), segmenter)
     with _bar("Looking", len(observatory.keys)) as advance:
         observe(
@@ -129,9 +130,12 @@ def _noise(options: argparse.Namespace) -> None:
 
 def _summary(options: argparse.Namespace) -> None:
     """Writes tables and pictures of a cube that is there."""
-    from cromss_dist.noise.observatory import open_observations
+    from cromss_dist.noise.observatory import check_made_of, open_observations
 
-    _summarise(_archive(options.manifest), open_observations(options.cube), _rule(options), options)
+    _check_panels(options)
+    archive, observations = _archive(options.manifest), open_observations(options.cube)
+    check_made_of(observations, archive)
+    _summarise(archive, observations, _rule(options), options)
 
 
 def _relabel(options: argparse.Namespace) -> None:
@@ -190,6 +194,15 @@ def _rule(options: argparse.Namespace) -> "Rule":
     return Rule(doubt, replace, options.drop)
 
 
+def _check_panels(options: argparse.Namespace) -> None:
+    """Before hours of work."""
+    from cromss_dist.errors import ConfigError
+    from cromss_dist.noise.summary import NUM_WORST
+
+    if not 0 <= options.panels <= NUM_WORST:
+        raise ConfigError(f"--panels {options.panels} is not allowed; give 0 to {NUM_WORST}.")
+
+
 def _processes(options: argparse.Namespace) -> "Runner":
     from cromss_dist.noise.processes import process_runner
 
@@ -199,13 +212,10 @@ def _processes(options: argparse.Namespace) -> "Runner":
 def _summarise(archive: "StoredArchive", observations: "StoredArchive", rule: "Rule", options: argparse.Namespace) -> None:
     from cromss_dist.commands.printing import print_json
     from cromss_dist.data.staging import write_atomically
-    from cromss_dist.errors import ConfigError
     from cromss_dist.noise.panels import draw_worst, read_panels
-    from cromss_dist.noise.summary import NUM_WORST, summarise
+    from cromss_dist.noise.summary import summarise
     from cromss_dist.tracking.panels import to_png
 
-    if not 0 <= options.panels <= NUM_WORST:
-        raise ConfigError(f"--panels {options.panels} is not allowed; give 0 to {NUM_WORST}.")
     folder = Path(observations.location)
     with _bar("Summing up", len(observations.keys)) as advance:
         summary = summarise(observations, rule, options.runner(options), advance)
@@ -217,6 +227,8 @@ def _summarise(archive: "StoredArchive", observations: "StoredArchive", rule: "R
         )
         figure = draw_worst(read_panels(archive, observations, rule, worst), summary.tally.class_names, title)
         write_atomically(folder / _PANELS, to_png(figure))
+    else:  # one of another rule is not left beside these tables
+        (folder / _PANELS).unlink(missing_ok=True)
     if options.json:
         print_json(summary.to_json())
     else:

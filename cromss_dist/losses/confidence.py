@@ -61,3 +61,20 @@ def refine(confidence: Tensor) -> Tensor:
     Reference: CromSS, section III-C.
     """
     return (confidence + torch.prod(confidence, dim=0)) / 2
+
+
+def predicted_class(probs: Tensor) -> Tensor:
+    """The class of the largest probability; the last one of those that equal it in all bits but the last few.
+
+    Args:
+        probs: float32 (B, C, H, W), sums to 1 over C.
+
+    Returns:
+        int32 (B, H, W) in [0, C), for NaN, too.
+    """
+    # In place of argmax, which on a CPU takes a quarter of the time of the whole loss: floats above 0 sort like their bit
+    # patterns, and the last bits, 4 of 23 for nine classes, give way to the number of the class.
+    C = probs.shape[1]
+    last = 2 ** (C - 1).bit_length() - 1
+    number = torch.arange(C, dtype=torch.int32, device=probs.device)[:, None, None]
+    return probs.view(torch.int32).bitwise_and(~last).bitwise_or_(number).amax(1).bitwise_and_(last)

@@ -47,7 +47,7 @@ class Counts:
 
     @property
     def agreed(self) -> Tensor:
-        """float64 scalar: pixels for which both branches predict the same class, labelled or not; of equal ones, any will do."""
+        """float64 scalar: pixels for which both branches predict the same class, labelled or not."""
         return self.sums[-2]
 
     @property
@@ -57,21 +57,20 @@ class Counts:
 
 
 @torch.no_grad()
-def count(probs: tuple[Tensor, Tensor], classes: Tensor, weights: Tensor, valid: Tensor) -> Counts:
+def count(predicted: tuple[Tensor, Tensor], classes: Tensor, num_classes: int, weights: Tensor, valid: Tensor) -> Counts:
     """Counts a batch.
 
     Args:
-        probs: float32 (B, C, H, W) of each branch.
+        predicted: int32 (B, H, W), each branch's class.
         classes: int64 (B, H, W), noisy class, or C for a pixel without a label.
+        num_classes: C.
         weights: float32 (2, B, H, W) in [0, 1], selection weights; 0 where a pixel has no label.
         valid: bool (B, H, W), pixels of samples that have a part in the loss.
     """
-    C = probs[0].shape[1]
+    C = num_classes
     values = torch.cat((weights, weights == 1, (classes < C)[None]))
     # Line by line first: float32 is exact enough for a line's sum, and a GPU's threads do not queue for a few addresses.
     lines = values.new_zeros(*values.shape[:-1], C + 1).scatter_add_(-1, classes.expand(values.shape), values)
     of_classes = lines.sum((1, 2), dtype=torch.float64)[:, :C]
-    # The largest sum is the sum of the largest where both are of one class: without argmax, which takes longer than the loss.
-    both = (probs[0] + probs[1]).amax(1) == probs[0].amax(1) + probs[1].amax(1)
-    totals = torch.stack((both & valid, valid)).sum((1, 2, 3), dtype=torch.float64)
+    totals = torch.stack(((predicted[0] == predicted[1]) & valid, valid)).sum((1, 2, 3), dtype=torch.float64)
     return Counts(torch.cat((of_classes.flatten(), totals)))

@@ -125,11 +125,12 @@ class CromssLoss:
         weights = self._uniform_weights(label, sample_weights)
         if self.config.select:
             weights = self._select(branches, label, weights, progress)
-        probs = (branches[0].probs, branches[1].probs)
+        with torch.no_grad():
+            predicted = (confidence.predicted_class(branches[0].probs), confidence.predicted_class(branches[1].probs))
         classes = label.where(weights.labelled, self.num_classes)
         figures: dict[str, Tensor] = {}
         if self.config.consistency_reliability == "agreement":
-            found = reliability(probs, classes, self.reduce_sum)
+            found = reliability(predicted, classes, self.num_classes, self.reduce_sum)
             weights, figures = replace(weights, pull=weights.consistency * found.weights), found.figures(self.class_names)
         local = self._sums(branches, label, prior, weights)
         # The value is the global sum, the gradient the local one: no collective in the backward pass.
@@ -141,7 +142,7 @@ class CromssLoss:
             parts={name: part.detach().float() for name, part in parts.items()} | figures,
             selection_s1=weights.segmentation[0],
             selection_s2=weights.segmentation[1],
-            counts=count(probs, classes, weights.segmentation, weights.valid),
+            counts=count(predicted, classes, self.num_classes, weights.segmentation, weights.valid),
         )
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ class Reliability:
 
 
 @torch.no_grad()
-def reliability(probs: tuple[Tensor, Tensor], classes: Tensor, reduce_sum: ReduceSum) -> Reliability:
+def reliability(predicted: tuple[Tensor, Tensor], classes: Tensor, num_classes: int, reduce_sum: ReduceSum) -> Reliability:
     """Compares the branches, pair by pair of the classes (a, b) that S1 and S2 predict for a pixel.
 
     Of the labelled pixels of all ranks with that pair, n_S1 are labelled a and n_S2 are labelled b. For every pixel with it,
@@ -49,19 +49,19 @@ def reliability(probs: tuple[Tensor, Tensor], classes: Tensor, reduce_sum: Reduc
     that can away from it.
 
     Args:
-        probs: float32 (B, C, H, W) of each branch.
+        predicted: int32 (B, H, W), each branch's class, from `confidence.predicted_class`.
         classes: int64 (B, H, W), noisy class, or C for a pixel without a label.
+        num_classes: C.
         reduce_sum: Sum of a float64 tensor over ranks. Counts are whole numbers, so their sum is exact in any order.
 
     Departs: not in CromSS, which weighs by the entropy of the prediction alone.
     """
-    B, C = probs[0].shape[:2]
-    first, second = (predicted_class(p) for p in probs)
-    pair = first * C + second
+    C = num_classes
+    pair = predicted[0] * C + predicted[1]
     triple = (pair * (C + 1) + classes).flatten(1)
-    ones = probs[0].new_ones(()).expand(triple.shape)
+    ones = torch.ones((), device=triple.device).expand(triple.shape)
     # Each sample by itself: its counts are exact in float32, and a GPU's threads do not all queue for one address.
-    of_samples = ones.new_zeros(B, C * C * (C + 1)).scatter_add_(1, triple, ones)
+    of_samples = ones.new_zeros(len(triple), C * C * (C + 1)).scatter_add_(1, triple, ones)
     counts = reduce_sum(of_samples.sum(0, dtype=torch.float64)).view(C, C, C + 1)[..., :C]  # a, b, label
     confirmed = torch.stack((counts.diagonal(dim1=0, dim2=2).T, counts.diagonal(dim1=1, dim2=2)))
     table = confirmed / (confirmed.amax(0) + DOUBT_PX)
@@ -71,19 +71,3 @@ def reliability(probs: tuple[Tensor, Tensor], classes: Tensor, reduce_sum: Reduc
     # Over the other branch's class: rows are S1's, columns are S2's.
     sums = torch.stack((weighted[0], weighted[1].T, labelled, labelled.T)).sum(2)
     return Reliability(weights, of_class=(sums[:2] / sums[2:].clamp_min(1)).float())
-
-
-def predicted_class(probs: Tensor) -> Tensor:
-    """The class of the largest probability, of equal ones the last; 0 where it is NaN.
-
-    Args:
-        probs: float32 (B, C, H, W), sums to 1 over C.
-
-    Returns:
-        int64 (B, H, W).
-    """
-    # In place of argmax, which on a CPU takes a quarter of the time of the whole loss: 2^40 times the distance to the largest
-    # probability, which is 1/C at least, outweighs every class number unless it is 0.
-    number = torch.arange(probs.shape[1], dtype=probs.dtype, device=probs.device)[:, None, None]
-    distance = probs - probs.amax(1, keepdim=True)
-    return distance.mul_(2.0**40).add_(number).amax(1).nan_to_num_().long()

@@ -155,8 +155,11 @@ def observe(
 
     Raises:
         BandError, CheckpointError: the model does not fit the dataset, see `Segmenter.check_takes`.
-        ConfigError, OutputExistsError, StorageError, ShardError: as `convert`.
+        ConfigError: `out` is the dataset itself, or as `convert`.
+        OutputExistsError, StorageError, ShardError: as `convert`.
     """
+    observatory.archive.check_apart(out)
+    shard_size_mib = _part_mib(observatory, part_mib)
     observatory.segmenter.check_takes(observatory.archive.spec)
     if not overwrite and (manifest := _manifest_at(out)) and manifest.get("origin") == observatory.origin:
         return Summary(out, manifest)
@@ -164,7 +167,7 @@ def observe(
         observatory,
         out,
         write="cube",
-        shard_size_mib=_part_mib(observatory, part_mib),
+        shard_size_mib=shard_size_mib,
         overwrite=overwrite,
         restart=restart,
         run=run,
@@ -184,6 +187,19 @@ def open_observations(location: str | Path) -> StoredArchive:
     if origin_of(observations).get("kind") != ORIGIN:
         raise ConfigError(f"{location} is no cube of the noise observatory; give the folder that `cromss noise` has written.")
     return observations
+
+
+def check_made_of(observations: StoredArchive, archive: StoredArchive) -> None:
+    """That a cube is of this dataset.
+
+    Raises:
+        ConfigError: it is of another one.
+    """
+    if (looked_at := origin_of(observations)["dataset"]) != archive.digest:
+        raise ConfigError(
+            f"{observations.location} was made of the dataset {looked_at}, not of {archive.location}, which is {archive.digest}; "
+            "give the dataset that the observatory looked at."
+        )
 
 
 def origin_of(archive: StoredArchive) -> dict[str, Any]:

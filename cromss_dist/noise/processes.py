@@ -3,11 +3,13 @@
 Layer 4. Spawned processes unpickle references to this module, so it imports nothing heavy.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cromss_dist.errors import ConfigError, WorkerError
@@ -66,6 +68,19 @@ def process_runner(workers: int) -> "Runner":
 
 def _share(shared: Any) -> None:
     _shared[:] = [shared]
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Has this process end when the one that started it does, even killed: the same command again must find no one at work."""
+    parent = parent_process()
+    assert parent is not None, "a worker was started by another process"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _call(function: Callable[[Any, Job], Result], job: Job) -> Result:

@@ -17,8 +17,8 @@ from cromss_dist.data.conversion.parts import Progress
 from cromss_dist.data.sample import Json, Sample, SampleSpec
 from cromss_dist.data.store.manifest import canonical
 from cromss_dist.data.store.shards import sample_bytes
-from cromss_dist.errors import ConfigError, InputChangedError
-from cromss_dist.noise.observatory import LABEL_CONFIDENCE, SUGGESTED, SUGGESTED_CONFIDENCE, origin_of
+from cromss_dist.errors import InputChangedError
+from cromss_dist.noise.observatory import LABEL_CONFIDENCE, SUGGESTED, SUGGESTED_CONFIDENCE, check_made_of, origin_of
 from cromss_dist.noise.rule import Rule
 from cromss_dist.schema import LABEL_ARRAY
 
@@ -122,24 +122,22 @@ def relabel(
         progress: Called with key and status as locations are done.
 
     Raises:
-        ConfigError: the cube is of another dataset.
+        ConfigError: the cube is of another dataset, or `out` is one of the two.
         InputChangedError, OutputExistsError, StorageError, ShardError: as `convert`.
     """
-    if (looked_at := origin_of(observations)["dataset"]) != archive.digest:
-        raise ConfigError(
-            f"{observations.location} was made of the dataset {looked_at}, not of {archive.location}, which is {archive.digest}; "
-            "give the dataset that the observatory looked at."
-        )
-    source, manifest = RelabelledArchive(archive, observations, rule), archive.dataset.manifest
+    check_made_of(observations, archive)
+    for source in (archive, observations):
+        source.check_apart(out)
+    cleaned, manifest = RelabelledArchive(archive, observations, rule), archive.dataset.manifest
     base = Base(Path(archive.location), manifest, archive.dataset.tables)
     return convert(
-        source,
+        cleaned,
         out,
         write=base.sinks,
-        shard_size_mib=(base.locations_per_part + 0.5) * sample_bytes(source.spec) / 2**20,
+        shard_size_mib=(base.locations_per_part + 0.5) * sample_bytes(cleaned.spec) / 2**20,
         overwrite=overwrite,
         restart=restart,
         run=run,
         progress=progress,
-        origin=source.origin,
+        origin=cleaned.origin,
     )

@@ -21,7 +21,7 @@ from cromss_dist.data.sample import SampleSpec, Uint8Array
 from cromss_dist.errors import BandError, CheckpointError, ConfigError
 from cromss_dist.models.two_branch import TwoBranchUNet
 from cromss_dist.parse import CONFIG_FILE, parse_run
-from cromss_dist.schema import LABEL_ARRAY, MODALITIES, Batch, Modality
+from cromss_dist.schema import CLASS_NAMES, LABEL_ARRAY, MODALITIES, NUM_CLASSES, Batch, Modality
 from cromss_dist.tracking.package.folder import check_package
 from cromss_dist.tracking.run.spool import run_id_of
 from cromss_dist.train.run.folder import WEIGHTS_FILE
@@ -100,9 +100,17 @@ class Segmenter:
         """Whether it can be asked about samples of a dataset.
 
         Raises:
+            ConfigError: its labels are of other classes than those of a pretraining, or there is no GPU where one is asked for.
             BandError: bands are missing, or their values were normalised otherwise than those it was trained on.
             CheckpointError: the weights are not the ones that were there, or of another network.
         """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda, but torch finds no GPU here; leave it out.")
+        if (found_classes := spec.values[0].values) != CLASS_NAMES:
+            raise ConfigError(
+                f"The dataset has the label classes {', '.join(found_classes)}; a pretrained network knows the "
+                f"{NUM_CLASSES} classes of Dynamic World. Give a dataset with those."
+            )
         for modality, bands in self.bands.items():
             stored = [band for image in spec.images if image.modality == modality for band in image.bands]
             if missing := [band for band in bands if band not in stored]:
@@ -117,7 +125,7 @@ class Segmenter:
                     f"The dataset's {modality} values were normalised by contract {found[:12]}, those that the network was "
                     f"trained on by {digest[:12]}; give a dataset that was converted like that of the pretraining."
                 )
-        _network(self, len(spec.values[0].values))
+        _network(self)
 
     def probabilities(self, spec: SampleSpec, arrays: Mapping[str, Uint8Array]) -> Tensor:
         """What both branches say of a location.
@@ -131,7 +139,7 @@ class Segmenter:
         Returns:
             float32 (2, S, C, H, W) on the device: S1's and S2's class distributions, each sums to 1 over C.
         """
-        network = _network(self, len(spec.values[0].values))
+        network = _network(self)
         side = 2**self.model.encoder_depth
         with torch.inference_mode(), _one_thread():
             images = images_of(spec, arrays, self.bands, side, self.device)
@@ -163,7 +171,7 @@ def images_of(
 
 
 @lru_cache(maxsize=1)
-def _network(segmenter: Segmenter, num_classes: int) -> TwoBranchUNet:
+def _network(segmenter: Segmenter) -> TwoBranchUNet:
     """The network on its device, read once a process."""
     try:
         with segmenter.weights.open("rb") as file:
@@ -173,13 +181,13 @@ def _network(segmenter: Segmenter, num_classes: int) -> TwoBranchUNet:
         raise CheckpointError(f"{segmenter.weights} cannot be read: {error}. Give the weights that a run has left.") from error
     if found != segmenter.sha256:
         raise CheckpointError(f"{segmenter.weights} is another file than when this began; let the run end, and begin anew.")
-    network = TwoBranchUNet(segmenter.model, len(segmenter.s1_bands), len(segmenter.s2_bands), num_classes)
+    network = TwoBranchUNet(segmenter.model, len(segmenter.s1_bands), len(segmenter.s2_bands), NUM_CLASSES)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{segmenter.weights} has weights of another network than its config describes, or of other than {num_classes} "
-            f"classes: {' '.join(str(error).split())[:300]}. Give weights, config and dataset of one pretraining."
+            f"{segmenter.weights} has weights of another network than its config describes: "
+            f"{' '.join(str(error).split())[:300]}. Give weights and config of one pretraining."
         ) from error
     return network.to(segmenter.device).eval()
 

@@ -50,7 +50,9 @@ class Tally:
         class_names: C of them.
     """
 
-    FIELDS = ("pixels", "suspicious", "replaced", "dropped", LABEL_CONFIDENCE, SUGGESTED_CONFIDENCE, AGREEMENT)
+    COUNTED = ("pixels", "suspicious", "replaced", "dropped")
+    MEASURED = (LABEL_CONFIDENCE, SUGGESTED_CONFIDENCE, AGREEMENT)
+    FIELDS = (*COUNTED, *MEASURED)
 
     def __init__(self, class_names: Sequence[str]) -> None:
         num = len(class_names)
@@ -59,7 +61,7 @@ class Tally:
         self.suggested = np.zeros((num, num), np.int64)  # rows the label: all labelled pixels
         self.replaced = np.zeros((num, num), np.int64)  # and those that the rule replaces
         self.by_region: dict[str, Counts] = {}  # int64 (FIELDS,)
-        self.worst: list[Place] = []
+        self.worst: list[Place] = []  # of those that have suspicious labels
         self.detection: Detection | None = None
         self.cleaning: Cleaning | None = None
 
@@ -72,7 +74,7 @@ class Tally:
         of_label = label[known].astype(np.int64)
         dropped = known & (verdict.cleaned == IGNORE)
         counted = (known, verdict.suspicious, verdict.replaced, dropped)
-        measured = (arrays[name] for name in (LABEL_CONFIDENCE, SUGGESTED_CONFIDENCE, AGREEMENT))
+        measured = (arrays[name] for name in self.MEASURED)
         # Sums of bytes: exact in float64, in which bincount adds weights.
         rows = np.stack([np.bincount(of_label, weights=of_pixel[known], minlength=num) for of_pixel in (*counted, *measured)])
         sums = rows.astype(np.int64)
@@ -84,8 +86,9 @@ class Tally:
             counts += np.bincount(pairs[where], minlength=num * num).reshape(num, num)
         pixels, suspicious = known.sum((1, 2)), verdict.suspicious.sum((1, 2))
         shares = suspicious / np.maximum(pixels, 1)
-        season = int(shares.argmax())
-        self._keep_worst([Place(float(shares[season]), sample.key, season)])
+        if suspicious.any():
+            season = int(shares.argmax())
+            self._keep_worst([Place(float(shares[season]), sample.key, season)])
         if REFERENCE_ARRAY in arrays:
             self._score(arrays, verdict.cleaned)
 
@@ -168,7 +171,7 @@ class NoiseSummary:
         ]
 
     def worst(self) -> list[dict[str, Any]]:
-        """The places with the largest share of suspicious labels, in their worst season."""
+        """The places with the largest share of suspicious labels, in their worst season; none without any."""
         return [vars(place) for place in self.tally.worst]
 
     def to_json(self) -> dict[str, Any]:
@@ -192,14 +195,15 @@ class NoiseSummary:
     def write(self, folder: Path) -> None:
         """Writes `summary.json` and the tables as CSV into an existing folder."""
         write_atomically(folder / SUMMARY, (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
-        for name, rows in (
-            (CLASSES, self.classes()),
-            (REGIONS, self.regions()),
-            (CONFUSION, self.confusion()),
-            (WORST, self.worst()),
+        classes, regions = self.classes(), self.regions()
+        for name, columns, rows in (
+            (CLASSES, classes[0], classes),
+            (REGIONS, regions[0], regions),
+            (CONFUSION, ("label", "suggested", "pixels", "replaced"), self.confusion()),
+            (WORST, ("suspicious", "key", "season"), self.worst()),
         ):
             with (folder / name).open("w", newline="") as file:
-                table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                table = csv.DictWriter(file, list(columns), lineterminator="\n")
                 table.writeheader()
                 table.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
 
@@ -252,10 +256,10 @@ def _tally(shared: tuple[StoredArchive, Rule], keys: tuple[str, ...]) -> _Part:
 
 def _figures(sums: Counts) -> dict[str, Any]:
     """Shares and means of sums over pixels; NaN without pixels."""
-    of = dict(zip(Tally.FIELDS, sums.tolist(), strict=True))
-    pixels = of.pop("pixels")
-    shares = {f"{name}_share": of.pop(name) / pixels if pixels else math.nan for name in ("suspicious", "replaced", "dropped")}
-    means = {f"mean_{name}": total / pixels / MEASURE_ONE if pixels else math.nan for name, total in of.items()}
+    pixels, *totals = sums.tolist()
+    of = {name: total / pixels if pixels else math.nan for name, total in zip(Tally.FIELDS[1:], totals, strict=True)}
+    shares = {f"{name}_share": of[name] for name in Tally.COUNTED[1:]}
+    means = {f"mean_{name}": of[name] / MEASURE_ONE for name in Tally.MEASURED}
     return {"pixels": pixels, **shares, **means}
 
 

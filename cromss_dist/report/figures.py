@@ -6,6 +6,7 @@ C classes, N tiles.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 import numpy.typing as npt
@@ -120,7 +121,9 @@ def thin_out(series: Series, most: int) -> tuple[_Floats, _Floats, _Floats, _Flo
 
 
 def shorten(value: float) -> str:
-    """A tick's label: 1500 is '1.5k', 2e-05 is '2e-5'."""
+    """A tick's label: 1500 is '1.5k', 2e-05 is '2e-5'; 'nan' and 'inf' are themselves."""
+    if not isfinite(value):
+        return f"{value:g}"
     if abs(value) >= 1e3:
         power = min(int(np.log10(abs(value)) // 3), 4)
         return f"{value / 1000**power:g}{'kMGT'[power - 1]}"

@@ -14,6 +14,7 @@ from cromss_dist.report.run_record import RunRecord, find_runs, read_run
 from cromss_dist.report.tables import distinct_names
 from cromss_dist.report.training import configuration_section, panel_section, training_sections
 from cromss_dist.report.transfer import transfer_sections
+from cromss_dist.tracking.run.spool import EVENTS_FILE
 from cromss_dist.transfer.results import SCORES_FILE, read_result
 
 _MOST_NAMES = 6  # that the page says below its title
@@ -39,7 +40,7 @@ def compose(folders: Iterable[Path], num_panels: int) -> tuple[list[RunRecord], 
     runs = [read_run(folder) for folder in find_runs(folders)]
     results = [read_result(run.folder) for run in runs if (run.folder / SCORES_FILE).is_file()]
     names = distinct_names(runs)
-    spooled = [(run, name) for run, name in zip(runs, names, strict=True) if run.began is not None]
+    spooled = [(run, name) for run, name in zip(runs, names, strict=True) if (run.folder / EVENTS_FILE).is_file()]
 
     def of_kind(is_transfer: bool) -> tuple[list[RunRecord], list[str]]:
         chosen = [(run, name) for run, name in spooled if run.is_transfer == is_transfer]

@@ -7,6 +7,7 @@ import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import copysign, inf
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ _INCIDENTS = {
 }
 _MOST_PIXELS = 50_000_000  # of a picture that is shown
 _LATEST_S = 4e9  # a time of a run, seconds since 1970
+_MOST_SAMPLES = 2**53
+_LARGEST = 1e100  # of a figure; a larger one is infinite: axes cannot span float64
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Series:
     """One figure over a run, in the order of steps."""
 
     samples: npt.NDArray[np.float64]  # (N,): training samples seen
-    values: npt.NDArray[np.float64]  # (N,): NaN where the run noted one
+    values: npt.NDArray[np.float64]  # (N,): NaN and infinite where the run noted that
 
     @property
     def last(self) -> float:
@@ -151,7 +154,7 @@ def read_run(folder: Path) -> RunRecord:
     for event in read_events(folder):
         try:
             reader.take(event)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
             raise StorageError(
                 f"{folder / EVENTS_FILE} was damaged: {str(event)[:120]} is no event of a run. Take that line out, and try again."
             ) from None
@@ -196,6 +199,8 @@ class _SpoolReader:
 
     def _take_figures(self, kind: str, event: Mapping[str, Any]) -> None:
         step, samples = int(event["step"]), int(event["samples"])
+        if not 0 <= samples <= _MOST_SAMPLES:
+            raise ValueError(samples)
         if step <= self._last_step[kind]:
             return
         self._last_step[kind] = step
@@ -204,7 +209,7 @@ class _SpoolReader:
             places, values = self._points.setdefault(str(name), (array("d"), array("d")))
             number = float(value)  # before anything is added, so that both stay equally long
             places.append(samples)
-            values.append(number)
+            values.append(number if not abs(number) > _LARGEST else copysign(inf, number))
 
     def record(self, folder: Path, pictures: tuple[Picture, ...], unreadable: tuple[str, ...]) -> RunRecord:
         """All of it."""

@@ -91,7 +91,7 @@ def _panels(runs: Sequence[RunRecord], names: Sequence[str], most: int) -> Itera
         photos = tuple(
             Photo(
                 picture,
-                picture.path.stem.replace("_", " "),
+                _when(picture),
                 f"Panel {picture.path.stem} of {name}: images, labels and predictions",
             )
             for picture in chosen

@@ -48,7 +48,7 @@ def transfer_sections(results: Sequence[TransferResult]) -> Iterator[Section]:
     parts.append(_every_run(results))
     yield Section("transfer", "Transfer", tuple(part for part in parts if part.text or part.tables))
     by_setting = [(str(setting), list(of_setting)) for setting, of_setting in groupby(lines, key=lambda line: line.setting)]
-    yield Section("transfer-classes", "Transfer by class", tuple(_class_part(name, of) for name, of in by_setting))
+    yield Section("scores-by-class", "Transfer by class", tuple(_class_part(name, of) for name, of in by_setting))
     details = [_details(line, len(lines) > _MOST_OPEN) for line in lines]
     yield Section("confusion", "Confusion and tiles", tuple(details))
 
@@ -63,7 +63,8 @@ def _scores(lines: Sequence[Line]) -> Table:
             (line.name, of.task, of.modality, of.mode, of.protocol, of.decoder or NONE, of.labels, str(len(line.runs)), *scores)
         )
     header = ("encoder", "task", "input", "mode", "protocol", "decoder", "labels", "runs", *_METRIC_TITLES.values())
-    return Table("Scores on the test set in %", header, tuple(rows))
+    notes = (f"{line.name} ({line.setting}): {note}" for line in lines for note in line.notes)
+    return Table("Scores on the test set in %", header, tuple(rows), " ".join(notes))
 
 
 def _intervals(lines: Sequence[Line]) -> Iterator[Drawing]:
@@ -115,25 +116,29 @@ def _is_alike(line: Line, one: Published) -> bool:
 
 
 def _differences(results: Sequence[TransferResult]) -> tuple[str, tuple[Table, ...]]:
-    """What pairs of runs that differ in nothing but the encoder say; or why there is none."""
-    encoders = {(Setting.of(result), result.name) for result in results}
-    if len(encoders) == len({setting for setting, _ in encoders}):
-        return "", ()
-    try:
-        found = compare(results, results)
-    except ResultError as error:
-        return f"None: {error}", ()
+    """What pairs of runs that differ in nothing but the encoder say; and in which settings there is none, and why."""
+    found: list[Comparison] = []
+    told: list[str] = []
+    for setting, of_setting in groupby(sorted(results, key=Setting.of), Setting.of):
+        alike = list(of_setting)
+        if len({result.name for result in alike}) == 1:
+            continue
+        try:
+            found += compare(alike, alike)
+        except ResultError as error:
+            told.append(f"None in {setting}: {error}")
     better = [
         c for c in found if c.metrics["miou"].spread.mean > 0 or (c.metrics["miou"].spread.mean == 0 and c.first < c.second)
     ]
+    if not better:
+        return " ".join(told), ()
     different = _different([one.setting for one in better])
     header = ("encoder", "against", "setting", "pairs", "mIoU", "better in", "worse in", "interval over tiles", "OA", "mF1")
     note = "Runs of a pair have the same labelled tiles, seeds, steps and test set. ± is over pairs."
-    return "", (
-        Table(
-            "Differences in points, the better encoder first", header, tuple(_difference(one, different) for one in better), note
-        ),
-    )
+    if alone := sum(one.alone for one in better):
+        note += f" Runs without a partner of the same seeds are left out: {alone}."
+    rows = tuple(_difference(one, different) for one in better)
+    return " ".join(told), (Table("Differences in points, the better encoder first", header, rows, note),)
 
 
 def _difference(found: Comparison, different: Sequence[str]) -> tuple[str, ...]:

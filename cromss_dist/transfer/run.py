@@ -11,9 +11,10 @@ from rich.console import Console
 
 from cromss_dist.config.transfer import TransferConfig
 from cromss_dist.errors import ConfigError
-from cromss_dist.parse import ParsedRun
+from cromss_dist.parse import CONFIG_FILE, ParsedRun, parse_run_of
 from cromss_dist.tracking.run.spool import tell
 from cromss_dist.train.run.conduct import conduct, conduct_here, recording
+from cromss_dist.train.run.continuation import changes_of
 from cromss_dist.train.run.folder import RunSummary, mark_as_begun, read_summary
 from cromss_dist.transfer.deliver import deliver
 from cromss_dist.transfer.network import pin_encoders
@@ -36,9 +37,19 @@ def transfer(config: TransferConfig, run_dir: Path, profile: bool = False) -> Ru
     Raises:
         CromssError: whatever the caller can mend; see errors.py.
     """
+    _check_mode(config, run_dir)
     if config.quick_look:
         return quick_look(config, run_dir)
     return conduct(config, Transfer.of, run_dir, profile)
+
+
+def _check_mode(config: TransferConfig, run_dir: Path) -> None:
+    """Raises CheckpointError where a quick look is, or was, another run: it leaves no checkpoint that would tell."""
+    stored = run_dir / CONFIG_FILE
+    if stored.is_file():
+        began = parse_run_of(TransferConfig, ["--config", str(stored)]).config
+        if began.quick_look or config.quick_look:
+            changes_of(began.to_dict(), config)
 
 
 def quick_look(config: TransferConfig, run_dir: Path) -> RunSummary:

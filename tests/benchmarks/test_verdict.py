@@ -57,8 +57,23 @@ def test_a_figure_that_is_not_there_holds_no_gate() -> None:
     assert not Gate("", math.nan, 0.0, at_least=False).holds
 
 
+@pytest.mark.parametrize(
+    ("clean", "able"),
+    [
+        ((2.0, 4.2), True),  # 3.1, two standard errors are 2.2
+        ((1.9, 3.9), False),  # 2.9 points
+        ((0.0, 7.0), False),  # 3.5, two standard errors are 7.0
+        ((0.0, 7.0) * 5, True),  # as wide, of ten pairs: 2.3
+        ((9.0,), False),  # of one pair nobody knows how much of it is chance
+    ],
+)
+def test_a_setting_ranks_methods_if_clean_labels_are_worth_enough_and_more_than_chance(
+    clean: tuple[float, ...], able: bool
+) -> None:
+    assert able_settings({S2: {("clean", "plain"): difference(*clean)}}) == ([S2] if able else [])
+
+
 def test_a_test_that_cannot_rank_methods_says_so() -> None:
-    assert able_settings(differences(clean=2.9)) == []
     unable, able = (" ".join(in_words(differences(clean=clean))) for clean in (2.9, 3.1))
     assert "cannot rank" in unable
     assert "cannot rank" not in able

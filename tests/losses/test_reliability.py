@@ -12,7 +12,8 @@ from torch._subclasses import FakeTensorMode
 from cromss_dist.config import LossConfig
 from cromss_dist.errors import ConfigError
 from cromss_dist.losses import CromssLoss, LossOutput
-from cromss_dist.losses.reliability import DOUBT_PX, Reliability, predicted_class, reliability
+from cromss_dist.losses.confidence import predicted_class
+from cromss_dist.losses.reliability import DOUBT_PX, Reliability, reliability
 from cromss_dist.losses.selection import ReduceSum
 from cromss_dist.schema import CLASS_NAMES
 
@@ -28,15 +29,10 @@ def alone(x: Tensor) -> Tensor:
     return x
 
 
-def sure_of(classes: Tensor, num_classes: int = C) -> Tensor:
-    """Probabilities, 0.7 at the class."""
-    return F.one_hot(classes, num_classes).movedim(-1, 1) * 0.6 + 0.4 / num_classes
-
-
 def of_pixels(*rows: tuple[int, int, int, int], reduce_sum: ReduceSum = alone) -> Reliability:
     """Reliability on a line of pixels: how many, label, S1's class, S2's class."""
     label, first, second = (torch.tensor([row[i] for row in rows for _ in range(row[0])])[None, None] for i in (1, 2, 3))
-    return reliability((sure_of(first), sure_of(second)), label, reduce_sum)
+    return reliability((first.int(), second.int()), label, C, reduce_sum)
 
 
 def loss_of(batch: Batch, config: LossConfig, **kwargs: Any) -> tuple[LossOutput, Tensor]:
@@ -49,10 +45,9 @@ def loss_of(batch: Batch, config: LossConfig, **kwargs: Any) -> tuple[LossOutput
 
 def test_weights_and_figures_are_those_of_a_count_pixel_by_pixel() -> None:
     generator = torch.Generator().manual_seed(5)
-    probs = tuple(torch.rand(2, C, 30, 40, generator=generator) for _ in range(2))
+    a, b = (torch.randint(0, C, (2, 30, 40), generator=generator, dtype=torch.int32) for _ in range(2))
     classes = torch.randint(0, C + 1, (2, 30, 40), generator=generator)  # C: no label
-    found = reliability((probs[0], probs[1]), classes, alone)
-    a, b = (p.argmax(1) for p in probs)
+    found = reliability((a, b), classes, C, alone)
     expected = torch.zeros(2, 2, 30, 40)
     for first in range(C):
         for second in range(C):
@@ -113,12 +108,13 @@ def test_ranks_exchange_whole_numbers_of_pixels_for_each_pair_and_label() -> Non
 
 def test_the_predicted_class_is_that_of_argmax_in_any_memory_format() -> None:
     probs = torch.randn(3, 9, 16, 11, generator=torch.Generator().manual_seed(0)).softmax(1)
-    assert torch.equal(predicted_class(probs), probs.argmax(1))
-    assert torch.equal(predicted_class(probs.contiguous(memory_format=torch.channels_last)), probs.argmax(1))
+    assert torch.equal(predicted_class(probs), probs.argmax(1).int())
+    assert torch.equal(predicted_class(probs.contiguous(memory_format=torch.channels_last)), probs.argmax(1).int())
     nearly_equal = torch.full((1, 9, 1, 1), 1 / 9)
     assert predicted_class(nearly_equal).item() == 8
-    nearly_equal[0, 3] = torch.nextafter(nearly_equal[0, 3], torch.ones(()))
+    nearly_equal[0, 3] *= 1 + 2**-18
     assert predicted_class(nearly_equal).item() == 3
+    assert 0 <= predicted_class(torch.full((1, 9, 1, 1), torch.nan)).item() < 9
 
 
 def test_logits_that_are_not_finite_make_a_loss_that_is_not_finite_and_no_error(batch: Batch) -> None:
@@ -140,7 +136,8 @@ def test_only_the_consistency_changes_and_only_by_its_weights(batch: Batch) -> N
 
     kind = dataclasses.replace(AGREEMENT, select=False)
     probs = batch["logits_s1"].softmax(1), batch["logits_s2"].softmax(1)
-    weights = reliability(probs, batch["label"].where(batch["label"] != 255, 9), alone).weights
+    predicted = probs[0].argmax(1).int(), probs[1].argmax(1).int()
+    weights = reliability(predicted, batch["label"].where(batch["label"] != 255, 9), 9, alone).weights
     into_s1 = (weights[1] * -(probs[1] * probs[0].log()).sum(1)).mean()
     torch.testing.assert_close(loss_of(batch, kind)[0].parts["consistency_s1"], into_s1)
 

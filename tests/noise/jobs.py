@@ -2,8 +2,11 @@
 
 import os
 import signal
+import time
+from pathlib import Path
 
 from cromss_dist.errors import ShardError
+from cromss_dist.noise.processes import process_runner
 
 
 def add(shared: int, job: int) -> int:
@@ -13,3 +16,15 @@ def add(shared: int, job: int) -> int:
     if job == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return shared + job
+
+
+def sleep(folder: Path, job: int) -> None:
+    """Says who it is, and sleeps."""
+    (folder / f"{job}.tmp").write_text(str(os.getpid()))
+    (folder / f"{job}.tmp").rename(folder / str(job))
+    time.sleep(100)
+
+
+def run_sleepers(folder: Path) -> None:
+    """Two of them."""
+    list(process_runner(2)(sleep, folder, [0, 1]))

@@ -51,7 +51,7 @@ def test_the_cube_holds_what_both_branches_say_of_whole_patches(
 ) -> None:
     key = dataset.keys[2]
     seen, said = dataset.read(key), observations.read(key)
-    network = _network(segmenter, 9)
+    network = _network(segmenter)
     images = images_of(dataset.spec, seen.arrays, segmenter.bands)
     with torch.no_grad():
         of_seasons = [network(images["s1"][season : season + 1], images["s2"][season : season + 1]) for season in range(4)]
@@ -139,7 +139,16 @@ def test_a_cube_that_is_there_is_taken_or_refused(
     with pytest.raises(ConfigError, match="no cube of the noise observatory"):
         open_observations(dataset.location)
     with pytest.raises(ConfigError, match="part_mib=0"):
-        observe(Observatory(dataset, segmenter), tmp_path / "third", part_mib=0)
+        observe(Observatory(dataset, segmenter), out, part_mib=0)
+
+
+def test_what_is_read_is_never_replaced(dataset: StoredArchive, segmenter: Segmenter, tmp_path: Path) -> None:
+    before = contents(Path(dataset.location))
+    (tmp_path / "link").symlink_to(dataset.location)
+    for out in (Path(dataset.location), tmp_path / "link", Path(dataset.location) / "." / ""):
+        with pytest.raises(ConfigError, match="is the dataset that is read"):
+            observe(Observatory(dataset, segmenter), out, overwrite=True)
+    assert contents(Path(dataset.location)) == before
 
 
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
@@ -157,6 +166,13 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
     for other, error, message in cases:
         with pytest.raises(error, match=message):
             check(other)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="finds no GPU here"):
+            check(replace(segmenter, device="cuda"))
+    spec = dataset.spec
+    other_classes = replace(spec.values[0], values=("sea", *spec.values[0].values[1:]))
+    with pytest.raises(ConfigError, match="has the label classes sea, trees"):
+        segmenter.check_takes(replace(spec, values=(other_classes, *spec.values[1:])))
     assert list(tmp_path.iterdir()) == []
     contract = dataset.spec.normalisation["s2"].select(segmenter.s2_bands).digest
     replace(segmenter, contracts=(("s2", contract),)).check_takes(dataset.spec)
@@ -176,4 +192,4 @@ def test_weights_and_runs_that_are_not_there_are_refused(segmenter: Segmenter, t
     cut.write_bytes(segmenter.weights.read_bytes()[:1000])
     broken = Segmenter.of_file(cut, segmenter.weights.with_name("config.yaml"))
     with pytest.raises(CheckpointError, match="cannot be read"):
-        _network(broken, 9)
+        _network(broken)

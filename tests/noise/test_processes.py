@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+import time
+from multiprocessing import get_context
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cromss_dist.data.archives.stored import StoredArchive
@@ -12,7 +15,7 @@ from cromss_dist.errors import ConfigError, ShardError, WorkerError
 from cromss_dist.noise.observatory import Observatory, observe
 from cromss_dist.noise.processes import process_runner
 from cromss_dist.noise.segmenter import Segmenter
-from tests.noise.jobs import add
+from tests.noise.jobs import add, run_sleepers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +36,20 @@ def test_results_come_from_other_processes_and_errors_as_they_are() -> None:
 def test_a_killed_process_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(WorkerError, match="give fewer --workers"):
         list(process_runner(2)(add, 10, [0, 1]))
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    main = get_context("spawn").Process(target=run_sleepers, args=(tmp_path,))
+    main.start()
+    deadline = time.monotonic() + 100
+    while not all((tmp_path / str(job)).exists() for job in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = [psutil.Process(int((tmp_path / str(job)).read_text())) for job in (0, 1)]
+    main.kill()
+    main.join()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 @pytest.mark.slow

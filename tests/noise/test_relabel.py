@@ -61,6 +61,12 @@ def test_the_cube_of_another_dataset_is_refused(dataset: StoredArchive, observat
     assert not (tmp_path / "cleaned").exists()
 
 
+def test_what_is_read_is_never_replaced(dataset: StoredArchive, observations: StoredArchive) -> None:
+    for source in (dataset, observations):
+        with pytest.raises(ConfigError, match="is the dataset that is read"):
+            relabel(dataset, observations, RULE, Path(source.location), overwrite=True)
+
+
 def test_a_cube_of_other_labels_is_refused(
     dataset: StoredArchive, observations: StoredArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,47 @@ def test_files_are_strict_json_and_csv(summary: NoiseSummary, tmp_path: Path) ->
     assert sum(int(row["pixels"]) for row in rows["confusion"]) == summary.totals["pixels"]
 
 
+def test_classes_and_places_without_a_label_have_empty_figures(
+    observations: StoredArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_water(archive: StoredArchive, key: str) -> Sample:
+        sample = read(archive, key)
+        sample.arrays["label"][sample.arrays["label"] == 0] = IGNORE
+        if key == observations.keys[0]:
+            sample.arrays["label"][:] = IGNORE
+        return sample
+
+    read = StoredArchive.read
+    monkeypatch.setattr(StoredArchive, "read", without_water)
+    summary = summarise(observations, RULE)
+    summary.write(tmp_path)
+    with (tmp_path / "classes.csv").open(newline="") as file:
+        water, trees = list(csv.DictReader(file))[:2]
+    assert water.keys() == trees.keys()
+    assert {name: value for name, value in water.items() if value} == {"class": "water", "pixels": "0"}
+    assert summary.to_json()["classes"]["water"].keys() == summary.to_json()["classes"]["trees"].keys()
+    assert sorted(place.key for place in summary.tally.worst) == list(observations.keys[1:])
+
+
+def test_a_cube_without_any_label_has_empty_tables(
+    observations: StoredArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blank(archive: StoredArchive, key: str) -> Sample:
+        sample = read(archive, key)
+        sample.arrays["label"][:] = IGNORE
+        return sample
+
+    read = StoredArchive.read
+    monkeypatch.setattr(StoredArchive, "read", blank)
+    summary = summarise(observations, RULE)
+    summary.write(tmp_path)
+    assert (tmp_path / "worst.csv").read_text() == "suspicious,key,season\n"
+    assert (tmp_path / "confusion.csv").read_text() == "label,suggested,pixels,replaced\n"
+    told = summary.to_json()
+    assert told["all"]["pixels"] == 0
+    assert told["relabelling"]["noise_before"] is None
+
+
 def test_a_cube_without_truth_has_no_detection(observations: StoredArchive, tmp_path: Path) -> None:
     class WithoutTruth(StoredArchive):
         @property

@@ -1,5 +1,6 @@
 """The command: what it writes, what it says in words, what it refuses."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +17,9 @@ from cromss_dist.report.report import compose, file_name
 from cromss_dist.report.run_record import Picture, read_run
 from cromss_dist.report.tables import NONE, Table, differences, distinct_names, duration, facts
 from cromss_dist.report.training import MAX_SHOWN, choose
-from cromss_dist.transfer.results import TILES_FILE, read_result
-from tests.report.run_folders import pretraining_run, transfer_run
+from cromss_dist.tracking.run.spool import EVENTS_FILE
+from cromss_dist.transfer.results import TILES_FILE, read_result, read_tiles, write_result
+from tests.report.run_folders import panel, pretraining_run, transfer_run, write_spool
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +34,16 @@ def tables_of(section: Section) -> Iterator[Table]:
 
 def test_sections_are_those_that_runs_have_something_for(sections: dict[str, Section], pretrainings: Path) -> None:
     of_runs = ["pretraining-runs", "pretraining-curves", "pretraining-classes"]
-    assert list(sections) == [*of_runs, "transfer", "transfer-classes", "confusion", "panels", "configuration"]
+    assert list(sections) == [*of_runs, "transfer", "scores-by-class", "confusion", "panels", "configuration"]
     assert [section.anchor for section in compose([pretrainings], 2)[1]] == [*of_runs, "panels", "configuration"]
 
 
 def test_transfers_are_not_drawn_over_pretraining(tmp_path: Path) -> None:
     pretraining_run(tmp_path / "a", num_steps=1)
     transfer = transfer_run(pretraining_run(tmp_path / "b", num_steps=1, task="dw"))
-    found = {section.anchor: section for section in compose([tmp_path], 1)[1]}
+    sections = compose([tmp_path], 1)[1]
+    found = {section.anchor: section for section in sections}
+    assert len(found) == len(sections)
     for anchor, name in (("pretraining-runs", "a"), ("transfer-runs", transfer.name)):
         assert [row[0] for row in next(tables_of(found[anchor])).rows] == [name]
     assert len({part.drawings[0].key for anchor in found for part in found[anchor].parts if part.drawings}) == sum(
@@ -104,6 +108,48 @@ def test_runs_that_make_no_pair_are_told_and_shown_all_the_same(tmp_path: Path) 
     assert not [part for part in alone.parts if part.title == "Paired differences"]
 
 
+def test_a_setting_that_cannot_be_compared_takes_the_differences_of_no_other(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        transfer_run(tmp_path / name, name)
+        transfer_run(tmp_path / f"{name}-tuned", name, mode="finetuned")
+    transfer_run(tmp_path / "once-more", "other", mode="finetuned")
+    (part,) = (part for part in compose([tmp_path], 0)[1][0].parts if part.title == "Paired differences")
+    assert part.text.startswith("None in dw, s2, finetuned, ")
+    assert "has 2 runs with label seed" in part.text
+    assert len(part.tables[0].rows) == 1
+
+
+def test_what_a_line_mixes_and_what_differences_leave_out_is_said_below_them(tmp_path: Path) -> None:
+    for seed, steps in ((0, 50), (1, 60)):
+        run = transfer_run(tmp_path / str(seed), "one", seed=seed)
+        write_result(run, replace(read_result(run), steps=steps), read_tiles(read_result(run)))
+    transfer_run(tmp_path / "other", "other")
+    scores, *others = tables_of(compose([tmp_path], 0)[1][0])
+    (found,) = (table for table in others if table.caption.startswith("Differences"))
+    assert scores.note.startswith(f"{scores.rows[0][0]} (dw, s2, frozen, ")
+    assert scores.note.endswith("runs of 50, 60 steps are taken together; name those of one length alone.")
+    assert "without a partner of the same seeds are left out: 1." in found.note
+
+
+def test_a_run_that_noted_nothing_yet_is_on_the_page(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / EVENTS_FILE).touch()
+    runs, configuration = compose([tmp_path], 0)[1]
+    assert next(tables_of(runs)).rows[0][:3] == ("new", "no end recorded", "0")
+    assert configuration.anchor == "configuration"
+
+
+def test_figures_that_are_no_numbers_are_drawn_as_gaps_and_told(tmp_path: Path) -> None:
+    values = [1.0, math.inf, math.nan, -1e308, 2.0, math.inf]
+    figures = [{"event": "progress", "step": i, "samples": i, "metrics": {"train/grad_norm": v}} for i, v in enumerate(values)]
+    write_spool(tmp_path, *figures)
+    runs, sections = compose([tmp_path], 0)
+    assert runs[0].series["train/grad_norm"].values[3] == -math.inf  # larger than any axis takes
+    (drawing,) = sections[1].parts[0].drawings
+    assert "1 at the start, inf at the end" in drawing.alt
+    assert "<svg" in drawing.svg
+
+
 def test_only_what_differs_is_set_side_by_side(pretrainings: Path) -> None:
     runs = [read_run(pretrainings / f"run-{seed}") for seed in (0, 1)]
     assert differences(runs, ["a", "b"]).rows == (("seed", "0", "1"),)
@@ -131,16 +177,22 @@ def test_panels_are_chosen_evenly_with_the_last_and_the_first(number: int, most:
     assert [int(picture.path.name) for picture in choose(pictures, most)] == chosen
 
 
+def test_panels_say_after_which_step_they_were_drawn(sections: dict[str, Section]) -> None:
+    titles = [[photo.title for photo in part.photos] for part in sections["panels"].parts]
+    assert titles == [["After step 0", "After step 20"]] * 2 + [["test"]]
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (111, "1 min 51 s"), (90_000, "1 d 1 h"), (3600, "1 h")])
 def test_lengths_of_time_have_two_units(seconds: float, text: str) -> None:
     assert duration(seconds).replace("\N{NO-BREAK SPACE}", " ") == text
 
 
-def test_the_command_writes_a_page_and_a_picture_for_each_drawing(
-    tmp_path: Path, pretrainings: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_a_page_and_a_picture_for_each_drawing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, figures_of = tmp_path / "run-0", {"train/loss/total": 1.0, "train/kept_s1/water": 0.5}
+    write_spool(run, {"event": "progress", "step": 1, "samples": 4, "metrics": figures_of})
+    panel(run / "panels" / "step_0000001.png")
     out, figures = tmp_path / "new" / "report.html", tmp_path / "figures"
-    command = ["report", str(pretrainings / "run-0"), "--out", str(out), "--title", "A & B", "--panels", "1"]
+    command = ["report", str(run), "--out", str(out), "--title", "A & B", "--panels", "1"]
     assert main([*command, "--figures", str(figures)]) == 0
     page = out.read_text()
     assert "<title>A &amp; B</title>" in page

@@ -62,6 +62,7 @@ def test_a_folder_without_a_spool_has_a_name_and_no_figures(tmp_path: Path) -> N
         {"event": "progress", "step": "many", "samples": 1, "metrics": {}},
         {"event": "progress", "step": 1, "samples": 1, "metrics": {"a": [1]}},
         {"event": "progress", "step": 1, "samples": 1, "metrics": 3},
+        {"event": "progress", "step": 1, "samples": 10**300, "metrics": {}},
         {"event": "end"},
         {"event": "tags", "values": None},
         {"event": "start", "total_samples": 1, "time": 1e300},

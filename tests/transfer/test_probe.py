@@ -20,13 +20,14 @@ from cromss_dist.config import EngineConfig, TrackingConfig
 from cromss_dist.config.transfer import DownstreamConfig, EncoderConfig, LabelsConfig, TransferConfig
 from cromss_dist.data.loading.selection import select
 from cromss_dist.data.store.open import open_dataset
+from cromss_dist.errors import CheckpointError
 from cromss_dist.models.downstream import EncoderSpec
-from cromss_dist.parse import ParsedRun
+from cromss_dist.parse import CONFIG_FILE, ParsedRun, write_yaml
 from cromss_dist.transfer import pixels as pixels_module
 from cromss_dist.transfer.pixels import FrozenEncoders, Pixels, features_at
 from cromss_dist.transfer.probe import NEIGHBOURS, PENALTY_C, TEMPERATURE, LinearProbe, NearestNeighbours, ScoredGrid
-from cromss_dist.transfer.results import read_result, read_tiles
-from cromss_dist.transfer.run import run_in_process
+from cromss_dist.transfer.results import Mode, read_result, read_tiles
+from cromss_dist.transfer.run import run_in_process, transfer
 from tests.data.fake_dataset import FakeDataset
 
 Quick = Callable[..., Path]
@@ -157,3 +158,11 @@ def test_a_nearest_neighbour_look_scores_a_grid_of_each_tile(quick: Quick) -> No
     assert result.labels.tiles == 6
     assert 0.9 * 12 * 256 < result.matrix.sum() <= 12 * 256
     assert result.scores.overall_accuracy > 1.5 * result.matrix.sum(1).max() / result.matrix.sum()
+
+
+@pytest.mark.parametrize(("was", "now"), [("frozen", "knn"), ("knn", "frozen"), ("linear", "knn")])
+def test_a_folder_is_of_one_mode_though_a_quick_look_leaves_no_checkpoint(was: Mode, now: Mode, tmp_path: Path) -> None:
+    config = TransferConfig(encoder=EncoderConfig(s2="nowhere"), mode=was)
+    write_yaml(config, tmp_path / CONFIG_FILE)
+    with pytest.raises(CheckpointError, match=f"mode was {was} and is {now}"):
+        transfer(replace(config, mode=now), tmp_path)

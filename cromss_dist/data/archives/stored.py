@@ -1,6 +1,7 @@
 """A dataset of ours as an archive: to convert it again with other labels, or to compute something of each sample."""
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -86,6 +87,15 @@ class StoredArchive:
         """Bytes of its pixels."""
         spec = self.spec
         return len(self.dataset) * sum(int(np.prod(spec.shape(name))) for name in spec.names)
+
+    def check_apart(self, out: Path) -> None:
+        """That what is computed of it does not take its place.
+
+        Raises:
+            ConfigError: `out` is its folder.
+        """
+        if os.path.realpath(out) == os.path.realpath(self.location):
+            raise ConfigError(f"{out} is the dataset that is read; choose another folder for the output.")
 
     def read(self, key: str) -> Sample:
         """Reads one location, all its seasons.

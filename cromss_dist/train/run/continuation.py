@@ -14,12 +14,12 @@ _NOT_TOLD = ("name", "output", "data.shards")
 
 
 def changes_of(saved: dict[str, Any], config: BaseRunConfig) -> list[str]:
-    """What of a run's config is no longer as it was when a checkpoint was saved.
+    """What of a run's config is no longer as it was when it began, or when a checkpoint was saved.
 
     Where it runs (ranks, micro batch, ZeRO stage, precision, reading) may change, and so may its length and rate.
 
     Args:
-        saved: The config in the checkpoint, as its `to_dict` gave it.
+        saved: The config as it was, as its `to_dict` gave it.
         config: The config to go on with.
 
     Returns:
@@ -34,7 +34,7 @@ def changes_of(saved: dict[str, Any], config: BaseRunConfig) -> list[str]:
     fatal = [text for key, text in differing.items() if key.startswith(config.FIXED) and not key.startswith(config.FREE)]
     if fatal:
         raise CheckpointError(
-            f"The run's checkpoints are of another config: {'; '.join(fatal)}. Go on with the values that it had, or start a "
+            f"The run is of another config: {'; '.join(fatal)}. Go on with the values that it had, or start a "
             "new run without --resume."
         )
     return [f"{key} {old.get(key)} -> {new.get(key)}" for key in differing if not key.startswith(_NOT_TOLD)]

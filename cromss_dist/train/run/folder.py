@@ -54,9 +54,18 @@ def write_summary(run_dir: Path, summary: RunSummary) -> None:
 
 
 def read_summary(run_dir: Path) -> RunSummary | None:
-    """What a finished run left; None where it is not finished."""
+    """What a finished run left; None where it is not finished.
+
+    Raises:
+        CheckpointError: the file was damaged.
+    """
     path = run_dir / SUMMARY_FILE
-    return RunSummary(**json.loads(path.read_text())) if path.exists() else None
+    try:
+        return RunSummary(**json.loads(path.read_text())) if path.exists() else None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} was damaged ({error}). Remove it, and go on with the run: it has its checkpoints, and ends once more."
+        ) from error
 
 
 def write_weights(run_dir: Path, weights: Mapping[str, Tensor], network: str = "") -> None:

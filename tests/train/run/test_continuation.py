@@ -1,6 +1,7 @@
 """What of a config makes another run, for every kind of run."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from cromss_dist.config import BaseRunConfig, RunConfig
 from cromss_dist.config.transfer import EncoderConfig, TransferConfig
 from cromss_dist.errors import CheckpointError
 from cromss_dist.train.run.continuation import changes_of
+from cromss_dist.train.run.folder import SUMMARY_FILE, read_summary
 
 PRETRAINING = RunConfig()
 TRANSFER = TransferConfig(encoder=EncoderConfig(s2="resnet@candidate"))
@@ -45,3 +47,10 @@ def test_what_decides_networks_samples_and_loss_may_not(old: BaseRunConfig, new:
 def test_data_may_have_moved() -> None:
     moved = replace(TRANSFER, data=replace(TRANSFER.data, train="/elsewhere"))
     assert changes_of(TRANSFER.to_dict(), moved) == ["data.train train -> /elsewhere"]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"run_dir": 1, "new": 2}'])
+def test_what_a_finished_run_left_is_whole_or_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / SUMMARY_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match=r"summary\.json was damaged .* Remove it"):
+        read_summary(tmp_path)
