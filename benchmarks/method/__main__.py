@@ -22,7 +22,7 @@ from benchmarks.method.detection import detect
 from benchmarks.method.findings import Findings
 from benchmarks.method.jobs import Job, run_jobs
 from benchmarks.method.page import draw, page
-from benchmarks.method.plan import SIZES, Size
+from benchmarks.method.plan import SIZES, VARIANTS, Size
 from benchmarks.method.pretraining import pretrain
 from benchmarks.method.transfer import transfer
 from cromss_dist.data.staging import write_atomically
@@ -49,7 +49,8 @@ def check_work(work: Path, size: Size) -> None:
     Raises:
         ConfigError: it is of another.
     """
-    stated, file = json.dumps(asdict(size), indent=1), work / SIZE_FILE
+    losses = {variant: VARIANTS[variant] for variant in size.variants}
+    stated, file = json.dumps(asdict(size) | {"losses": losses}, indent=1), work / SIZE_FILE
     if file.exists() and file.read_text() != stated:
         raise ConfigError(f"{work} holds the results of a proof of another size or plan; give another folder, or remove it.")
     work.mkdir(parents=True, exist_ok=True)
