@@ -115,6 +115,11 @@ def parse_run_of(
         namespace = parser.parse_args([*ahead, *arguments])
         config = _run_config(schema, parser, namespace)
         cluster = parser.instantiate(namespace).cluster if clusters else ClusterConfig()
+    except UnicodeDecodeError as error:
+        given = [argument for argument in arguments if "config" in argument or Path(argument).is_file()]
+        raise ConfigError(
+            f"A config is no YAML, as it is no text of UTF-8: {error}. Look at the files of {' '.join(given)}."
+        ) from error
     except (ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(_explain(str(error), schema, clusters)) from error
     if resume and not here:

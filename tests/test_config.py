@@ -103,6 +103,12 @@ def test_an_unknown_key_in_yaml_names_the_nearest(tmp_path: Path) -> None:
         parse_run([f"--config={tmp_path}/a.yaml"])
 
 
+def test_a_config_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"seed: \xff")
+    with pytest.raises(ConfigError, match=r"no text of UTF-8.*run\.yaml"):
+        parse_run([f"--config={tmp_path / 'run.yaml'}"])
+
+
 def test_a_yaml_tag_runs_no_code(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     (tmp_path / "a.yaml").write_text(f'name: !!python/object/apply:pathlib.Path.touch ["{marker}"]\n')

@@ -134,8 +134,8 @@ class Workplace:
             return
         if not (self.overwrite or self.append):
             raise OutputExistsError(
-                f"{out} is there already; choose another folder, or pass --overwrite to replace shards written earlier, or "
-                "--append to add to them."
+                f"{out} is there already; choose another folder, or pass --overwrite to replace what was written earlier. "
+                "tools/shard.py adds to shards with --append."
             )
         if out.is_symlink():
             raise OutputExistsError(f"{out} is a link and is not replaced; give the folder it points to, {out.resolve()}.")
